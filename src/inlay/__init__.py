@@ -1,0 +1,1 @@
+"""inlay: adapt frozen foundation models with any parameter-efficient method."""
