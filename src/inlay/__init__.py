@@ -1,1 +1,12 @@
 """inlay: adapt frozen foundation models with any parameter-efficient method."""
+
+from inlay.core.adapter import Adapter, adapt, delete, detach, disabled, penalty, route, step, use
+from inlay.core.checkpoint import load, save
+from inlay.core.merge import merge, unmerge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter", "adapt", "delete", "detach", "disabled", "load", "merge", "penalty", "route", "save", "step",
+    "unmerge", "use",
+]  # fmt: skip

@@ -1,0 +1,379 @@
+"""Attaching methods to a model, and the handle one works with afterwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.container import Inlay
+from inlay.core.errors import AdapterError, ComposeError, OptionError, RouteError, SiteError
+from inlay.core.head import Head
+from inlay.core.method import Method, ParameterMethod, Placement, WeightMethod, method_from
+from inlay.core.mount import Level
+from inlay.core.sites import Site
+from inlay.core.where import Finder, Pattern, matches
+
+HEAD = "head"
+Methods = Method | Placement | str | dict | Sequence[Method | Placement | str | dict]
+
+
+def adapt(
+    model: nn.Module,
+    methods: Methods,
+    where: Pattern | Sequence[Pattern] | None = None,
+    *,
+    name: str = "default",
+    exclude: Sequence[Pattern] = (),
+    layers: Iterable[int] | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    head: Literal["auto"] | Sequence[str] | None = "auto",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Adapter:
+    """Attach one or several methods as a named adapter; the model stays the model it was.
+
+    Args:
+        model: any `nn.Module`. Its tensors are frozen; nothing in it is copied, renamed or replaced.
+        methods: a method, a placement (`LoRA().on("attn.q")`), text (`"lora(r=8)"`), or a list of these, lowest first.
+        where: neutral names (`attn.q`, `block[3].mlp.up`), module paths or their endings (`query`), globs, `re:…`,
+            module types, `"all-linear"`; each method's own default places when omitted.
+        name: the adapter's name; several can be attached and switched.
+        exclude: patterns to leave out.  layers: block indices to keep.
+        overrides: options that differ at some places, `{"block[0]": {"r": 16}}`.
+        head: task-head modules trained and saved beside the methods; "auto" finds the classification or
+            regression head of a task model, None trains none.
+        dtype: type of trained tensors, float32 by default whatever the base holds.
+        seed: seed of the initial values; the global random state is left alone.
+
+    Raises:
+        SiteError: a pattern matches nothing, or a method cannot act there.  ComposeError: methods that cannot stand
+        together.  AdapterError: the name is taken or not usable.
+    """
+    model_is(model)
+    several: Sequence[Method | Placement | str | dict] = methods if isinstance(methods, list | tuple) else [methods]
+    placements = [place(m) for m in several]
+    patterns = None if where is None else (where,) if isinstance(where, str | type) else tuple(where)
+    finder = Finder(model, exclude=tuple(exclude), layers=None if layers is None else tuple(layers))
+    heads = find_head(finder) if head == "auto" else tuple(head or ())
+    finder = Finder(model, heads, tuple(exclude), None if layers is None else tuple(layers))
+    plans = []
+    for p in placements:
+        if p.method.has_sites:
+            plans.append((p, finder.sites(p.method, p.where or patterns or p.method.where or ("",), dtype)))
+        elif not heads:
+            raise SiteError(
+                f"{p.method.label()} trains the task head alone, but no head was found: name it, head=['…']"
+            )
+    if heads:
+        plans.append((Placement(Head()), Finder(model).sites(Head(), [f"re:{re.escape(h)}" for h in heads], dtype)))
+    inlay = container(model)
+    check_name(inlay, name)
+    build(model, inlay, name, plans, overrides or {}, seed)
+    return Adapter(model, name, placements, heads, dtype, list(patterns or ()), overrides or {}, seed)
+
+
+def build(
+    model: nn.Module,
+    inlay: Inlay,
+    name: str,
+    plans: Sequence[tuple[Placement, list[Site]]],
+    overrides: dict[str, dict[str, Any]],
+    seed: int,
+) -> None:
+    """Build every method at its sites, with the options that differ there."""
+    used = set()
+    pairs: list[tuple[Method, Site]] = []
+    for placement, sites in plans:
+        for site in sites:
+            changes: dict[str, Any] = {}
+            for pattern, options in ({**overrides, **placement.overrides}).items():
+                if not isinstance(placement.method, Head) and matches(pattern, site):
+                    used.add(pattern)
+                    changes |= options
+            pairs.append((placement.method.replace(**changes) if changes else placement.method, site))
+    unused = [pattern for pattern in overrides if pattern not in used]
+    if unused:
+        discard(model)
+        raise OptionError(f"overrides match no adapted site: {unused}")
+    build_sites(model, inlay, name, pairs, seed)
+
+
+def build_sites(model: nn.Module, inlay: Inlay, name: str, pairs: Sequence[tuple[Method, Site]], seed: int) -> None:
+    """Build each method at its site and switch the adapter on; nothing is left behind on failure."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inlay.adapters[name] = nn.ModuleDict()
+            for spec, site in pairs:
+                site.inlay = inlay
+                method = spec.at(site).to(site.parameter_device)
+                compose(inlay, name, site, method)
+                inlay.put(model, name, site, method)
+    except BaseException:
+        inlay.drop(name)
+        discard(model)
+        raise
+    inlay.tensors.to(inlay.device)
+    inlay.train(model.training)
+    inlay.refresh()
+    for n, p in model.named_parameters():
+        if not n.startswith("inlay."):
+            p.requires_grad_(False)
+    activate(inlay, [name])
+
+
+def discard(model: nn.Module) -> None:
+    """Take the container off again when nothing is in it."""
+    if not attached(model).adapters:
+        detach(model)
+
+
+def compose(inlay: Inlay, name: str, site: Site, method: Method) -> None:
+    """Refuse a method that cannot act on top of what the same adapter already has at this site."""
+    mount = inlay.state.mounts.get(site.path)
+    below = [lv for lv in (mount.levels.get(name, []) if mount else []) if overlapping(lv.site, site)]
+    if isinstance(method, ParameterMethod):
+        readers = [lv for lv in below if isinstance(lv.method, WeightMethod) and lv.method.reads_weight]
+        reader = [lv for lv in readers if lv.site.param == site.param]
+        if reader:
+            raise ComposeError(
+                f"{method.label()} replaces the tensor that {reader[0].method.label()} reads at '{site.path}'"
+            )
+        if any(isinstance(lv.method, ParameterMethod) and lv.site.param == site.param for lv in below):
+            raise ComposeError(f"two methods train their own copy of '{site.key}': keep one of them")
+    if isinstance(method, WeightMethod) and method.reads_weight and below:
+        raise ComposeError(
+            f"{method.label()} reads W at '{site.path}', so it must come first there, "
+            f"but {below[0].method.label()} already acts on it: list {method.label()} first, or compose it as `of=`"
+        )
+
+
+def overlapping(a: Site, b: Site) -> bool:
+    """Whether two sites of one module touch the same numbers."""
+    if a.rows is not None and b.rows is not None and a.param == b.param:
+        return a.rows == b.rows
+    if a.expert is not None and b.expert is not None and a.param == b.param:
+        return a.expert == b.expert
+    return True
+
+
+def model_is(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt needs a torch.nn.Module, got {type(model).__name__}")
+
+
+def place(method: Method | Placement | str | dict) -> Placement:
+    return method if isinstance(method, Placement) else Placement(method_from(method))
+
+
+def container(model: nn.Module) -> Inlay:
+    """`model.inlay`, made on first use."""
+    existing = model._modules.get("inlay")
+    if isinstance(existing, Inlay):
+        return existing
+    if existing is not None or "inlay" in model.__dict__:
+        raise AdapterError("the model already has an attribute 'inlay' that is not ours")
+    inlay = Inlay(model)
+    inlay.state.trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    inlay.train(model.training)
+    model.add_module("inlay", inlay)
+    return inlay
+
+
+def attached(model: nn.Module) -> Inlay:
+    """`model.inlay`; AdapterError when nothing is attached."""
+    inlay = model._modules.get("inlay")
+    if not isinstance(inlay, Inlay):
+        raise AdapterError("no adapter is attached to this model: call inlay.adapt or inlay.load first")
+    return inlay
+
+
+def check_name(inlay: Inlay, name: str) -> None:
+    if name in inlay.adapters:
+        raise AdapterError(f"an adapter '{name}' is attached already: delete it or choose another name")
+    if not name or "." in name or name in dir(nn.ModuleDict):
+        raise AdapterError(f"'{name}' cannot name an adapter: use letters, digits, '-' and '_'")
+
+
+def find_head(finder: Finder) -> tuple[str, ...]:
+    """Modules of the task head of a classification or regression model; none for bare backbones and language models."""
+    kind = type(finder.model).__name__
+    if not kind.endswith(("Classification", "QuestionAnswering", "MultipleChoice")):
+        return ()
+    backbone = finder.anatomy.backbone
+    if not backbone:
+        return ()
+    first = backbone.split(".")[0]
+    return tuple(
+        path for path, module in finder.model.named_children()
+        if path not in (first, "inlay") and any(True for _ in module.parameters())
+    )  # fmt: skip
+
+
+def activate(inlay: Inlay, names: Sequence[str]) -> None:
+    """Let exactly these adapters act, in this order; only their tensors ask for gradients."""
+    for name in names:
+        inlay.check(name)
+    inlay.state.active = list(names)
+    for name, module in inlay.adapters.items():
+        for p in module.parameters():
+            p.requires_grad_(name in names and p.is_floating_point())
+
+
+# ---------------------------------------------------------------------- on the model
+def use(model: nn.Module, *names: str) -> None:
+    """Switch to these adapters, stacked in the order given; none switches all off. Constant time."""
+    activate(attached(model), names)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The plain base model, for as long as the context lasts."""
+    with attached(model).only():
+        yield
+
+
+@contextmanager
+def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Send each row of the batch to its own adapter (None: the plain base), `route(model, ["a", None, "b"])`.
+
+    Raises:
+        AdapterError: an unknown name.  RouteError: a batch whose rows are not as many, a module that mixes rows, or a
+        method whose tensors are read outside any forward, so that rows cannot be kept apart.
+    """
+    inlay = attached(model)
+    for name in names:
+        if name is not None:
+            inlay.check(name)
+    if not names:
+        raise RouteError("route needs one adapter name (or None) per row of the batch")
+    before = inlay.state.routes
+    inlay.state.routes = list(names)
+    try:
+        yield
+    finally:
+        inlay.state.routes = before
+
+
+def delete(model: nn.Module, name: str) -> None:
+    """Remove one adapter and free its tensors."""
+    inlay = attached(model)
+    inlay.check(name)
+    inlay.drop(name)
+
+
+def detach(model: nn.Module) -> None:
+    """Remove every adapter; the model's tree, keys, tensors and gradient flags are as before."""
+    inlay = attached(model)
+    trained = inlay.state.trained
+    inlay.close()
+    del model._modules["inlay"]
+    for n, p in model.named_parameters():
+        p.requires_grad_(trained.get(n, True))
+
+
+def penalty(model: nn.Module) -> Tensor | float:
+    """The sum of the active methods' regularisers, to be added to the loss; 0.0 where none has one."""
+    terms = [t for lv in active_levels(model) if (t := lv.method.penalty()) is not None]
+    return torch.stack(terms).sum() if terms else 0.0
+
+
+def step(model: nn.Module, progress: float) -> None:
+    """Tell the active methods that an optimizer step was taken; `progress` runs from 0 to 1."""
+    for level in active_levels(model):
+        level.method.step(progress)
+
+
+def active_levels(model: nn.Module) -> list[Level]:
+    """Levels of the active adapters, each built method once."""
+    inlay = attached(model)
+    unique = {id(lv.method): lv for name in inlay.active for lv in inlay.levels(name)}
+    return list(unique.values())
+
+
+class Adapter:
+    """Handle of one attached adapter: print it, save it, merge it, switch it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        placements: list[Placement],
+        head: tuple[str, ...],
+        dtype: torch.dtype,
+        where: list[Pattern],
+        overrides: dict[str, dict[str, Any]],
+        seed: int,
+    ) -> None:
+        self.model, self.name, self.placements, self.head = model, name, placements, head
+        self.dtype, self.where, self.overrides, self.seed = dtype, where, overrides, seed
+
+    @property
+    def levels(self) -> list[Level]:
+        """Each built method with its primary site."""
+        unique: dict[int, Level] = {}
+        for level in attached(self.model).levels(self.name):
+            unique.setdefault(id(level.method), level)
+        return list(unique.values())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trained tensors, the head's included."""
+        yield from attached(self.model).adapters[self.name].parameters()
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trained numbers of the methods, without the head."""
+        return sum(p.numel() for lv in self.levels if not isinstance(lv.method, Head) for p in lv.method.parameters())
+
+    @property
+    def head_parameters(self) -> int:
+        """Trained numbers of the task head."""
+        return sum(p.numel() for lv in self.levels if isinstance(lv.method, Head) for p in lv.method.parameters())
+
+    @property
+    def base_parameters(self) -> int:
+        """Numbers in the base model, head included, adapters not."""
+        return sum(p.numel() for n, p in self.model.named_parameters() if not n.startswith("inlay."))
+
+    def save(self, folder: str, **about: Any) -> None:
+        """Write `adapter.safetensors` and `adapter.json` into a folder, atomically; see `inlay.core.checkpoint`."""
+        from inlay.core.checkpoint import save
+
+        save(self, folder, about)
+
+    def merge(self) -> None:
+        """Fold this adapter into the base's tensors, see `inlay.core.merge`; `unmerge` restores them bit for bit."""
+        from inlay.core.merge import merge
+
+        merge(self.model, self.name)
+
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        from inlay.core.merge import unmerge
+
+        unmerge(self.model)
+
+    def delete(self) -> None:
+        """Remove this adapter from the model."""
+        delete(self.model, self.name)
+
+    def __repr__(self) -> str:
+        methods = " + ".join(p.method.label() for p in self.placements)
+        inlay = self.model._modules.get("inlay")
+        if not isinstance(inlay, Inlay) or self.name not in inlay.adapters:
+            return f"adapter '{self.name}': {methods} (no longer attached)"
+        trained, head, base = self.adapter_parameters, self.head_parameters, self.base_parameters
+        lines = [
+            f"adapter '{self.name}': {methods}",
+            f"  {trained:,} trained parameters ({100 * trained / max(base, 1):.3f} % of the base), "
+            f"{sum(p.nbytes for p in self.parameters()):,} bytes" + (f", and a head of {head:,}" if head else ""),
+        ]
+        for level in self.levels:
+            shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in level.method.named_parameters())
+            lines.append(f"  {level.site.name or level.site.key:<28} {type(level.method).__name__:<12} {shapes}")
+        return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""One folder per adapter: `adapter.safetensors` and `adapter.json`, self-contained, never a pickle.
+
+The tensors' file carries the whole description in its header, so it is complete by itself; `adapter.json` is the same
+description to be read by people and programs. Both are written to a temporary file and renamed, tensors first: after a
+kill at any moment either the old or the new adapter loads. Digests of the tensors, of the description and of the
+adapted base weights refuse damaged files and other bases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from inlay.core.adapter import Adapter, attached, build_sites, check_name, container
+from inlay.core.container import module_key
+from inlay.core.errors import CheckpointError
+from inlay.core.files import atomic, canonical, sha256, tensor_bytes, tensors_digest, write_text
+from inlay.core.head import Head
+from inlay.core.method import Method, Placement, method_from
+from inlay.core.rows import Rows
+from inlay.core.sites import Site
+from inlay.core.where import site_host
+
+FORMAT = "inlay/1"
+TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+
+def save(adapter: Adapter, folder: str | Path, about: dict[str, Any] | None = None, shared: bool = False) -> Path:
+    """Write an adapter; returns the folder.
+
+    Args:
+        folder: made if needed; an adapter already there is replaced, other files are left alone.
+        about: what was trained, kept as given: task, labels, prompt template, metrics.
+        shared: store shared frozen tensors (VeRA's projections) in full rather than as seed and checksum.
+    """
+    folder = Path(folder)
+    tensors = stored_tensors(adapter)
+    inlay = attached(adapter.model)
+    frozen = {name: t.cpu() for name, t in inlay.tensors.named_buffers()} if shared else {}
+    everything = tensors | {f"shared.{name}": t.contiguous() for name, t in frozen.items()}
+    document = describe(adapter, about or {}) | {"tensors": tensors_digest(everything)}
+    document["checksum"] = sha256(canonical(document))
+    with atomic(folder / TENSORS) as temporary:
+        save_file(everything, temporary, metadata={"inlay": canonical(document)})
+    write_text(folder / DESCRIPTION, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    return folder
+
+
+def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in files: `<site>.<parameter>`."""
+    own = attached(adapter.model).adapters[adapter.name]
+    return {
+        f"{slot.replace('/', '.')}.{name}": t.detach().cpu().contiguous().clone()
+        for slot, method in own.named_children()
+        if isinstance(method, Method)
+        for name, t in method.stored().items()
+    }
+
+
+def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
+    """Everything but the tensors: methods, places, base, library, task."""
+    import inlay as library
+
+    inlay = attached(adapter.model)
+    own = inlay.adapters[adapter.name]
+    slots = {id(method): slot for slot, method in own.named_children()}
+    sites = []
+    for level in adapter.levels:
+        sites.append(describe_site(level.site) | {"slot": slots[id(level.method)].replace("/", "."),
+                                                  "method": level.method.specification(),
+                                                  "head": isinstance(level.method, Head)})  # fmt: skip
+    model = adapter.model
+    return {
+        "format": FORMAT,
+        "library": library.__version__,
+        "name": adapter.name,
+        "methods": [p.method.specification() for p in adapter.placements],
+        "where": [w if isinstance(w, str) else f"type:{w.__name__}" for w in adapter.where],
+        "dtype": str(adapter.dtype).removeprefix("torch."),
+        "seed": adapter.seed,
+        "head": list(adapter.head),
+        "sites": sites,
+        "shared": {name: sha256(tensor_bytes(t)) for name, t in inlay.tensors.named_buffers()},
+        "base": {
+            "architecture": type(model).__name__,
+            "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
+            "fingerprint": fingerprint([level.site for level in adapter.levels if not isinstance(level.method, Head)]),
+        },
+        "parameters": {"adapter": adapter.adapter_parameters, "head": adapter.head_parameters},
+        "about": about,
+    }
+
+
+def describe_site(site: Site) -> dict[str, Any]:
+    rows = site.rows
+    return {
+        "path": site.path, "name": site.name, "depth": site.depth, "param": site.param, "key": site.key,
+        "rows": None if rows is None else [rows.offset, rows.length, rows.groups, rows.group],
+        "expert": site.expert, "entry": site.entry, "width": site.width,
+        "ties": [[path, name] for path, _, name in site.ties],
+        "shape": list(p.shape) if (p := site.module._parameters.get(site.param)) is not None else None,
+    }  # fmt: skip
+
+
+def fingerprint(sites: list[Site]) -> str:
+    """A digest of the adapted base tensors' content: up to 4,096 numbers of each, rounded to bfloat16.
+
+    Rounding makes a base loaded in float32, float16 or bfloat16 the same base; a quantised one has none ("").
+    """
+    h = hashlib.sha256()
+    for site in sorted(sites, key=lambda s: s.key):
+        p = site.module._parameters.get(site.param)
+        if p is None:
+            continue
+        if p.is_meta or not p.is_floating_point():
+            return ""
+        flat = p.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().to(torch.bfloat16)
+        h.update(canonical([site.path, site.param, list(p.shape)]).encode())
+        h.update(tensor_bytes(sample))
+    return h.hexdigest()
+
+
+# ---------------------------------------------------------------------- reading
+def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description, tensors) of a saved adapter, checked against its own digests."""
+    folder = Path(folder)
+    path = folder / TENSORS
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no {TENSORS}" + ("" if folder.is_dir() else " (no such folder)"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("inlay")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
+    if header is None:
+        raise CheckpointError(f"{path} was not written by inlay (no description in its header)")
+    document = json.loads(header)
+    if document.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT!r}")
+    check_description(document, path)
+    if tensors_digest(tensors) != document["tensors"]:
+        raise CheckpointError(f"{path}: the tensors do not match their digest, the file was changed after saving")
+    readable = folder / DESCRIPTION
+    if readable.exists():
+        try:
+            beside = json.loads(readable.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{readable} is not JSON: {error}") from error
+        # a valid description of other tensors is what a kill between the two renames leaves: the header is newer
+        check_description(beside, readable)
+    return document, tensors
+
+
+def check_description(document: dict[str, Any], path: Path) -> None:
+    rest = {k: v for k, v in document.items() if k != "checksum"}
+    if document.get("checksum") != sha256(canonical(rest)):
+        raise CheckpointError(f"{path} was changed after saving: its checksum does not match")
+
+
+def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base: bool = False) -> Adapter:
+    """Attach a saved adapter.
+
+    Args:
+        model: the base it was trained on (any dtype, any task class that has the adapted modules).
+        name: another name than the saved one.
+        any_base: skip the check that the adapted weights are those it was trained on.
+
+    Raises:
+        CheckpointError: damaged files, another base, other shapes, missing or extra tensors.
+    """
+    folder = Path(folder)
+    document, tensors = read(folder)
+    sites = [site_from(model, record, folder) for record in document["sites"]]
+    methods = [Head() if r["head"] else method_from(r["method"]) for r in document["sites"]]
+    plain = [site for site, record in zip(sites, document["sites"], strict=True) if not record["head"]]
+    expected, found = document["base"]["fingerprint"], fingerprint(plain)
+    if expected and found and expected != found and not any_base:
+        raise CheckpointError(
+            f"{folder} was trained on another base ({document['base']['architecture']} "
+            f"'{document['base']['name']}'): the adapted weights differ. Open that base, or pass any_base=True"
+        )
+    inlay = container(model)
+    name = name or document["name"]
+    check_name(inlay, name)
+    dtype = getattr(torch, document["dtype"])
+    groups: dict[str, list[Site]] = {}
+    for site, method in zip(sites, methods, strict=True):
+        site.dtype = dtype
+        groups.setdefault(json.dumps(method.specification()), []).append(site)
+    for site, method in zip(sites, methods, strict=True):
+        site.peers = groups[json.dumps(method.specification())]
+    build_sites(model, inlay, name, list(zip(methods, sites, strict=True)), document["seed"])
+    adapter = Adapter(
+        model, name, [Placement(method_from(m)) for m in document["methods"]], tuple(document["head"]), dtype,
+        document["where"], {}, document["seed"],
+    )  # fmt: skip
+    try:
+        restore(adapter, document, tensors, folder)
+    except BaseException:
+        adapter.delete()
+        raise
+    return adapter
+
+
+def restore(adapter: Adapter, document: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put tensors into built methods; every key and shape must fit."""
+    inlay = attached(adapter.model)
+    own = inlay.adapters[adapter.name]
+    left = dict(tensors)
+    for name, buffer in inlay.tensors.named_buffers():
+        if f"shared.{name}" in left:
+            buffer.copy_(left.pop(f"shared.{name}"))
+        elif name in document["shared"] and sha256(tensor_bytes(buffer)) != document["shared"][name]:
+            raise CheckpointError(
+                f"{folder}: the shared tensor '{name}' drawn from its seed differs from the one trained with "
+                "(another torch version?): save the adapter with shared=True where it was trained"
+            )
+    for record in document["sites"]:
+        method = own.get_submodule(module_key(record["slot"]))
+        assert isinstance(method, Method)
+        wanted = {n: t.shape for n, t in method.stored().items()}
+        given = {}
+        for n, shape in wanted.items():
+            key = f"{record['slot']}.{n}"
+            if key not in left:
+                raise CheckpointError(f"{folder} lacks the tensor '{key}'")
+            given[n] = left.pop(key)
+            if given[n].shape != shape:
+                raise CheckpointError(f"{folder}: '{key}' is {tuple(given[n].shape)}, the model needs {tuple(shape)}")
+        method.restore(given)
+    extra = [key for key in left if not key.startswith("shared.")]
+    if extra:
+        raise CheckpointError(f"{folder} has tensors the model has no place for: {', '.join(sorted(extra)[:5])}")
+
+
+def site_from(model: nn.Module, record: dict[str, Any], folder: Path) -> Site:
+    """The site a record names in this model; its module and shape must be there."""
+    modules = dict(model.named_modules())
+    path = record["path"]
+    if path not in modules:
+        raise CheckpointError(f"{folder} adapts '{path}', which this {type(model).__name__} does not have: wrong base?")
+    module = modules[path]
+    p = module._parameters.get(record["param"])
+    if record["shape"] is not None:
+        found = None if p is None else list(p.shape)
+        if found != record["shape"] and (p is None or p.is_floating_point()):
+            raise CheckpointError(f"{folder}: '{path}.{record['param']}' was {record['shape']}, here it is {found}")
+    rows = None if record["rows"] is None else Rows(*record["rows"])
+    ties = [(tied, modules[tied], name) for tied, name in record["ties"] if tied in modules]
+    host = site_host(model, path, record["param"])
+    return Site(
+        path, module, record["name"], record["depth"], host, record["param"], rows, record["expert"],
+        record["entry"], record["width"], key=record["key"], ties=ties,
+    )  # fmt: skip

@@ -1,0 +1,235 @@
+"""`model.inlay`: the one submodule that holds every trained tensor, and the state that says which adapters act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.errors import AdapterError, RouteError, near
+from inlay.core.method import Method
+from inlay.core.mount import Level, Mount, first
+from inlay.core.sites import Site
+
+
+@dataclass(eq=False)
+class Span:
+    """Where a site's input enters, when that is another module than the one it leaves."""
+
+    value: Tensor | None = None
+    handle: Any = None
+
+    def record(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.value = first(args, kwargs)
+
+
+@dataclass
+class Call:
+    """What the running forward of the whole model was called with, for methods that select positions."""
+
+    mask: Tensor | None = None
+    """Attention mask (batch, tokens), 1 = real token; None when none was given."""
+    past: int = 0
+    """Tokens already in the key-value cache: 0 while a prompt is read, positive while tokens are generated."""
+
+
+@dataclass
+class State:
+    """Python-side state of `model.inlay`, kept out of nn.Module's bookkeeping."""
+
+    active: list[str] = field(default_factory=list)
+    routes: list[str | None] | None = None
+    mounts: dict[str, Mount] = field(default_factory=dict)
+    spans: dict[str, Span] = field(default_factory=dict)
+    call: Call = field(default_factory=Call)
+    rows: Tensor | None = None
+    handles: list[Any] = field(default_factory=list)
+    trained: dict[str, bool] = field(default_factory=dict)
+    """`requires_grad` of the base's tensors before anything was attached."""
+    merged: dict[tuple[str, str], Any] = field(default_factory=dict)
+    """Base tensors set aside by a merge, by (module path, name)."""
+    merged_names: tuple[str, ...] = ()
+
+
+class Inlay(nn.Module):
+    """Container of all adapters of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.tensors = nn.Module()  # frozen tensors shared by sites, as non-persistent buffers
+        self.state = State()
+        self.state.handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._end, with_kwargs=True),
+        ]
+
+    # ------------------------------------------------------------------ adapters and levels
+    @property
+    def active(self) -> list[str]:
+        """Names of the adapters that act, in stacking order."""
+        return self.state.active
+
+    @property
+    def routes(self) -> list[str | None] | None:
+        """One adapter name per row of the batch inside `inlay.route`, else None."""
+        return self.state.routes
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        return self.state.spans
+
+    @property
+    def call(self) -> Call:
+        """The running forward's mask and cache length, narrowed to the rows being computed."""
+        call, rows = self.state.call, self.state.rows
+        if rows is None or call.mask is None:
+            return call
+        return Call(call.mask[rows], call.past)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def names(self) -> list[str]:
+        return list(self.adapters)
+
+    def check(self, name: str) -> str:
+        """The name if there is such an adapter; AdapterError listing the known ones otherwise."""
+        if name not in self.adapters:
+            raise AdapterError(
+                f"no adapter '{name}'{near(name, self.adapters)} (attached: {', '.join(self.adapters) or 'none'})"
+            )
+        return name
+
+    def put(self, model: nn.Module, adapter: str, site: Site, method: Method) -> None:
+        """Mount a built method and own its parameters."""
+        if adapter not in self.adapters:
+            self.adapters[adapter] = nn.ModuleDict()
+        own = self.adapters[adapter]
+        assert isinstance(own, nn.ModuleDict)
+        slot = module_key(site.key)
+        while slot in own:
+            slot += "'"  # a second method of one adapter at the same site
+        own[slot] = method
+        for path, module in [(site.path, site.module), *((path, module) for path, module, _ in site.ties)]:
+            mount = self.mount(model, path, module)
+            tied = next((name for p, _, name in site.ties if p == path), None)
+            here = site if tied is None else tied_site(site, path, module, tied)
+            mount.levels.setdefault(adapter, []).append(Level(method, here))
+        if site.entry is not None and site.entry not in self.spans:
+            span = Span()
+            span.handle = model.get_submodule(site.entry).register_forward_pre_hook(span.record, with_kwargs=True)
+            self.spans[site.entry] = span
+
+    def mount(self, model: nn.Module, path: str, module: nn.Module) -> Mount:
+        """The mount of a module, made on first use."""
+        if path not in self.state.mounts:
+            parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+            owner = parent if isinstance(parent, nn.MultiheadAttention) else module
+            self.state.mounts[path] = Mount(module, self, path, owner)
+        return self.state.mounts[path]
+
+    def refresh(self) -> None:
+        """Make hooks and properties match the levels that are there."""
+        for mount in self.state.mounts.values():
+            mount.refresh()
+
+    def drop(self, adapter: str) -> None:
+        """Forget one adapter."""
+        for mount in self.state.mounts.values():
+            mount.levels.pop(adapter, None)
+        self.refresh()
+        self.state.mounts = {path: m for path, m in self.state.mounts.items() if m.levels}
+        needed = {lv.site.entry for m in self.state.mounts.values() for stack in m.levels.values() for lv in stack}
+        for entry in [e for e in self.spans if e not in needed]:
+            self.spans.pop(entry).handle.remove()
+        del self.adapters[adapter]
+        self.state.active = [name for name in self.active if name != adapter]
+
+    def close(self) -> None:
+        """Remove every hook; the model is as it was."""
+        for name in list(self.adapters):
+            self.drop(name)
+        for handle in self.state.handles:
+            handle.remove()
+
+    def levels(self, adapter: str) -> list[Level]:
+        """Every level of one adapter."""
+        return [level for mount in self.state.mounts.values() for level in mount.levels.get(adapter, ())]
+
+    # ------------------------------------------------------------------ shared tensors
+    def shared_tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A frozen tensor of that name, made on first use and kept once for the whole model."""
+        if name not in self.tensors._buffers:
+            self.tensors.register_buffer(name, make(), persistent=False)
+        return self.tensors._buffers[name]  # type: ignore[return-value]
+
+    # ------------------------------------------------------------------ what acts
+    @contextmanager
+    def only(self, *names: str) -> Iterator[None]:
+        """These adapters and no routing, for as long as the context lasts."""
+        active, routes = self.state.active, self.state.routes
+        self.state.active, self.state.routes = list(names), None
+        try:
+            yield
+        finally:
+            self.state.active, self.state.routes = active, routes
+
+    @contextmanager
+    def narrowed(self, rows: Tensor) -> Iterator[None]:
+        """Tell position-selecting methods that only these rows of the batch are being computed."""
+        before = self.state.rows
+        self.state.rows = rows
+        try:
+            yield
+        finally:
+            self.state.rows = before
+
+    def route_groups(self, batch: int, path: str) -> list[tuple[str, Tensor]]:
+        """(adapter, row indices) of a routed batch; rows of a multiple batch are consecutive (beams, flat tokens)."""
+        routes = self.routes
+        assert routes is not None
+        if batch % len(routes) != 0:
+            raise RouteError(f"{len(routes)} rows are routed, but '{path}' sees a batch of {batch}: it mixes rows")
+        repeat = batch // len(routes)
+        groups = []
+        for name in dict.fromkeys(r for r in routes if r is not None):
+            rows = [i * repeat + k for i, r in enumerate(routes) if r == name for k in range(repeat)]
+            groups.append((name, torch.tensor(rows, device=self.device)))
+        return groups
+
+    # ------------------------------------------------------------------ around the whole model's forward
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        past = kwargs.get("past_key_values")
+        length = past.get_seq_length() if past is not None else 0
+        self.state.call = Call(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, int(length))
+        if self.routes is not None:
+            for mount in self.state.mounts.values():
+                mount.served = False
+
+    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.routes is None:
+            return
+        wanted = {name for name in self.routes if name is not None}
+        for mount in self.state.mounts.values():
+            if not mount.served and wanted & set(mount.levels):
+                raise RouteError(
+                    f"'{mount.path}' was not called in this forward (its tensors are read by other code): "
+                    "rows cannot be routed there; use one adapter at a time"
+                )
+
+
+def module_key(key: str) -> str:
+    """A site's key as a child name: nn.Module forbids dots."""
+    return key.replace(".", "/")
+
+
+def tied_site(site: Site, path: str, module: nn.Module, name: str) -> Site:
+    """The same site seen from another module that holds the same tensor."""
+    return Site(path, module, site.name, site.depth, param=name, dtype=site.dtype, key=site.key, inlay=site.inlay)

@@ -1,0 +1,352 @@
+"""Structured updates Δ ∈ R^{d_out×d_in}: how to apply, add, measure and form them without forming them first.
+
+Every matrix acts on row batches, `apply(x) = x Δᵀ`, the layout of `nn.Linear.weight`. Factors keep their own
+dtype (float32 for trained adapters) and are cast to that of `x` when they are applied, so a bfloat16 base computes
+in bfloat16 and `dense()` merges in full precision.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Matrix(ABC):
+    """A structured matrix of `shape` (d_out, d_in)."""
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """x Δᵀ for x of shape (…, d_in); returns (…, d_out) in the dtype of x."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Δ itself, (d_out, d_in), in the dtype of its factors."""
+
+    @abstractmethod
+    def row_dot(self, W: Tensor) -> Tensor:
+        """⟨W_i, Δ_i⟩ for every row i, (d_out,), without forming Δ where the structure allows."""
+
+    @abstractmethod
+    def row_squares(self) -> Tensor:
+        """‖Δ_i‖² for every row i, (d_out,)."""
+
+    @abstractmethod
+    def flops(self, tokens: int) -> int:
+        """Multiply-adds × 2 of `apply` on that many rows."""
+
+    @abstractmethod
+    def dense_flops(self) -> int:
+        """Multiply-adds × 2 of `dense`."""
+
+    @abstractmethod
+    def columns(self, ids: Tensor) -> Tensor:
+        """Δ[:, ids]ᵀ for integer ids (…); returns (…, d_out): the update of an embedding look-up."""
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + x Δᵀ."""
+        return y + self.apply(x)
+
+    def squared_row_norms(self, W: Tensor, squares: Tensor) -> Tensor:
+        """‖(W + Δ)_i‖² from the cached squares ‖W_i‖², without forming W + Δ."""
+        return squares + 2 * self.row_dot(W) + self.row_squares()
+
+    def scaled(self, s: float | Tensor) -> Matrix:
+        return Scaled(self, s)
+
+    def __add__(self, other: Matrix) -> Matrix:
+        return Sum((self, other))
+
+
+class Dense(Matrix):
+    """Δ = D, stored in full."""
+
+    def __init__(self, D: Tensor) -> None:
+        self.D = D
+        self.shape = (D.shape[0], D.shape[1])
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.D.to(x.dtype))
+
+    def dense(self) -> Tensor:
+        return self.D
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        return (W * self.D).sum(1)
+
+    def row_squares(self) -> Tensor:
+        return self.D.square().sum(1)
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * prod(self.shape)
+
+    def dense_flops(self) -> int:
+        return 0
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.D.T)
+
+
+class LowRank(Matrix):
+    """Δ = s · B A with B (d_out, r) and A (r, d_in)."""
+
+    def __init__(self, B: Tensor, A: Tensor, scale: float = 1.0) -> None:
+        self.B, self.A, self.scale = B, A, scale
+        self.shape = (B.shape[0], A.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.A.to(x.dtype))
+        # the scale goes where the fewest numbers are: h is (…, r)
+        return F.linear(h if self.scale == 1.0 else h * self.scale, self.B.to(x.dtype))
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), h, self.B.to(x.dtype).T, alpha=self.scale).view(y.shape)
+
+    def dense(self) -> Tensor:
+        return self.scale * (self.B @ self.A)
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        return self.scale * ((W.to(self.A.dtype) @ self.A.T) * self.B).sum(1)
+
+    def row_squares(self) -> Tensor:
+        return self.scale**2 * ((self.B @ (self.A @ self.A.T)) * self.B).sum(1)
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.rank * sum(self.shape)
+
+    def dense_flops(self) -> int:
+        return 2 * self.rank * prod(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return F.linear(F.embedding(ids, self.A.T), self.B) * self.scale
+
+
+class Diagonal(Matrix):
+    """Δ = diag(d), square."""
+
+    def __init__(self, d: Tensor) -> None:
+        self.d = d
+        self.shape = (d.numel(), d.numel())
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.d.to(x.dtype)
+
+    def dense(self) -> Tensor:
+        return torch.diag(self.d)
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        return W.diagonal() * self.d
+
+    def row_squares(self) -> Tensor:
+        return self.d.square()
+
+    def flops(self, tokens: int) -> int:
+        return tokens * self.shape[0]
+
+    def dense_flops(self) -> int:
+        return 0
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return F.one_hot(ids, self.shape[1]) * self.d[ids].unsqueeze(-1)
+
+
+class Kronecker(Matrix):
+    """Δ = P ⊗ Q with P (p, q) and Q (m, n); Δ is (p·m, q·n)."""
+
+    def __init__(self, P: Tensor, Q: Tensor) -> None:
+        self.P, self.Q = P, Q
+        self.shape = (P.shape[0] * Q.shape[0], P.shape[1] * Q.shape[1])
+
+    def apply(self, x: Tensor) -> Tensor:
+        X = x.unflatten(-1, (self.P.shape[1], self.Q.shape[1]))  # (…, q, n)
+        X = F.linear(X, self.Q.to(x.dtype))  # (…, q, m): Q first, it acts on the contiguous axis
+        return torch.matmul(self.P.to(x.dtype), X).flatten(-2)  # (…, p·m)
+
+    def dense(self) -> Tensor:
+        return torch.kron(self.P, self.Q)
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        (p, q), (m, n) = self.P.shape, self.Q.shape
+        return torch.einsum("piqn,pq,in->pi", W.to(self.P.dtype).view(p, m, q, n), self.P, self.Q).flatten()
+
+    def row_squares(self) -> Tensor:
+        return torch.outer(self.P.square().sum(1), self.Q.square().sum(1)).flatten()
+
+    def flops(self, tokens: int) -> int:
+        (p, q), (m, n) = self.P.shape, self.Q.shape
+        return 2 * tokens * (q * n * m + p * q * m)
+
+    def dense_flops(self) -> int:
+        return prod(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        n = self.Q.shape[1]
+        P, Q = self.P.T[ids // n], self.Q.T[ids % n]  # (…, p), (…, m)
+        return (P.unsqueeze(-1) * Q.unsqueeze(-2)).flatten(-2)
+
+
+class Hadamard(Matrix):
+    """Δ = (B₁A₁) ⊙ (B₂A₂): rows of rank r₁·r₂ from two low-rank factors; formed densely to be applied."""
+
+    def __init__(self, left: LowRank, right: LowRank) -> None:
+        if left.shape != right.shape:
+            raise ValueError(f"Hadamard needs two factors of one shape, got {left.shape} and {right.shape}")
+        self.left, self.right, self.shape = left, right, left.shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense().to(x.dtype))
+
+    def dense(self) -> Tensor:
+        return self.left.dense() * self.right.dense()
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        return (W * self.dense()).sum(1)
+
+    def row_squares(self) -> Tensor:
+        # ‖(l ⊙ r)_i‖² = Σ_j (b₁A₁)²_j (b₂A₂)²_j has no cheaper form than the rows themselves
+        return self.dense().square().sum(1)
+
+    def flops(self, tokens: int) -> int:
+        return self.dense_flops() + 2 * tokens * prod(self.shape)
+
+    def dense_flops(self) -> int:
+        return self.left.dense_flops() + self.right.dense_flops() + prod(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return self.left.columns(ids) * self.right.columns(ids)
+
+
+class BlockDiagonal(Matrix):
+    """Δ = diag(D₁, …, D_n) with blocks (n, m_out, m_in)."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+        n, m_out, m_in = blocks.shape
+        self.shape = (n * m_out, n * m_in)
+
+    def apply(self, x: Tensor) -> Tensor:
+        X = x.unflatten(-1, (self.blocks.shape[0], self.blocks.shape[2]))
+        return torch.einsum("...ni,noi->...no", X, self.blocks.to(x.dtype)).flatten(-2)
+
+    def dense(self) -> Tensor:
+        return torch.block_diag(*self.blocks)
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        n, m_out, m_in = self.blocks.shape
+        diagonal = torch.stack([W[i * m_out : (i + 1) * m_out, i * m_in : (i + 1) * m_in] for i in range(n)])
+        return (diagonal * self.blocks).sum(-1).flatten()
+
+    def row_squares(self) -> Tensor:
+        return self.blocks.square().sum(-1).flatten()
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.blocks.numel()
+
+    def dense_flops(self) -> int:
+        return self.blocks.numel()
+
+    def columns(self, ids: Tensor) -> Tensor:
+        n, _, m_in = self.blocks.shape
+        block, column = ids // m_in, ids % m_in
+        values = self.blocks[block, :, column]  # (…, m_out)
+        return (F.one_hot(block, n).unsqueeze(-1) * values.unsqueeze(-2)).flatten(-2)
+
+
+class Sparse(Matrix):
+    """Δ_{rows[k], cols[k]} = values[k], zero elsewhere; positions are distinct."""
+
+    def __init__(self, rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
+        self.rows, self.cols, self.values, self.shape = rows, cols, values, shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        y = x.new_zeros(*x.shape[:-1], self.shape[0])
+        return y.index_add(-1, self.rows, x[..., self.cols] * self.values.to(x.dtype))
+
+    def dense(self) -> Tensor:
+        return self.values.new_zeros(self.shape).index_put((self.rows, self.cols), self.values)
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        return self.values.new_zeros(self.shape[0]).index_add(0, self.rows, W[self.rows, self.cols] * self.values)
+
+    def row_squares(self) -> Tensor:
+        return self.values.new_zeros(self.shape[0]).index_add(0, self.rows, self.values.square())
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.values.numel()
+
+    def dense_flops(self) -> int:
+        return self.values.numel()
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.dense().T)
+
+
+class Sum(Matrix):
+    """Δ = Σ Δ_k."""
+
+    def __init__(self, terms: tuple[Matrix, ...]) -> None:
+        if len({t.shape for t in terms}) != 1:
+            raise ValueError(f"a sum needs matrices of one shape, got {[t.shape for t in terms]}")
+        self.terms, self.shape = terms, terms[0].shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        y = self.terms[0].apply(x)
+        for term in self.terms[1:]:
+            y = term.add_to(y, x)
+        return y
+
+    def dense(self) -> Tensor:
+        return torch.stack([t.dense() for t in self.terms]).sum(0)
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        return torch.stack([t.row_dot(W) for t in self.terms]).sum(0)
+
+    def row_squares(self) -> Tensor:
+        return self.dense().square().sum(1)  # the terms' cross products need one of each pair formed
+
+    def flops(self, tokens: int) -> int:
+        return sum(t.flops(tokens) for t in self.terms)
+
+    def dense_flops(self) -> int:
+        return sum(t.dense_flops() + prod(t.shape) for t in self.terms)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return torch.stack([t.columns(ids) for t in self.terms]).sum(0)
+
+
+class Scaled(Matrix):
+    """s · Δ with a number or a zero-dimensional tensor s."""
+
+    def __init__(self, of: Matrix, s: float | Tensor) -> None:
+        self.of, self.s, self.shape = of, s, of.shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.of.apply(x) * self.s
+
+    def dense(self) -> Tensor:
+        return self.of.dense() * self.s
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        return self.of.row_dot(W) * self.s
+
+    def row_squares(self) -> Tensor:
+        return self.of.row_squares() * self.s**2
+
+    def flops(self, tokens: int) -> int:
+        return self.of.flops(tokens) + tokens * self.shape[0]
+
+    def dense_flops(self) -> int:
+        return self.of.dense_flops() + prod(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return self.of.columns(ids) * self.s

@@ -1,0 +1,131 @@
+"""Merging: an adapted network written as the base network with other tensors, proved equal, undone bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.adapter import activate, attached
+from inlay.core.errors import MergeError
+from inlay.core.mount import Level, Mount, acts_on_output, first_output, has_closed_form
+from inlay.core.sites import ConvHost, EmbeddingHost
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest accepted difference between adapted and merged outputs, relative to the largest output."""
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *names: str) -> float:
+    """Fold adapters (the active ones when none is named) into the base's tensors.
+
+    Each new tensor is computed in float32 at least and rounded once; the base's own tensors are set aside and
+    `unmerge` puts the very same ones back. Returns the largest relative difference between each module's adapted and
+    merged output on a random probe.
+
+    Raises:
+        MergeError: a method without closed form, or a difference above the tolerance of the base's type (the model is
+        then as it was before).
+    """
+    inlay = attached(model)
+    names = tuple(inlay.check(n) for n in names) or tuple(inlay.active)
+    if inlay.state.merged:
+        raise MergeError("adapters are merged already: unmerge first")
+    stacks = {mount: [lv for n in names for lv in mount.levels.get(n, ())] for mount in inlay.state.mounts.values()}
+    refuse([lv for levels in stacks.values() for lv in levels])
+    training = model.training
+    model.eval()
+    try:
+        with inlay.only(*names):
+            before = {mount: probe(mount) for mount, levels in stacks.items() if levels}
+            replacements = {mount: merged_tensors(mount, levels) for mount, levels in stacks.items() if levels}
+        ties: dict[int, nn.Parameter] = {}
+        for mount, tensors in replacements.items():
+            for name, t in tensors.items():
+                old = mount.module._parameters[name]
+                assert old is not None
+                only_copies = not any(acts_on_output(lv) for lv in stacks[mount])
+                new = ties.get(id(old)) if only_copies else None
+                new = nn.Parameter(t, requires_grad=False) if new is None else new
+                ties[id(old)] = new
+                inlay.state.merged[(mount.path, name)] = old
+                mount.module._parameters[name] = new
+        inlay.state.merged_names = names
+        activate(inlay, [n for n in inlay.active if n not in names])
+        with inlay.only():
+            worst = max((difference(before[mount], probe(mount)) for mount in before), default=0.0)
+        limit = max((TOLERANCE[p.dtype] for p in inlay.state.merged.values()), default=0.0)
+        if worst > limit:
+            unmerge(model)
+            raise MergeError(
+                f"merged and adapted outputs differ by {worst:.2e} (tolerance {limit:.0e}): nothing merged"
+            )
+    finally:
+        model.train(training)
+    return worst
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo the last merge: the base's own tensors return, the adapters act again."""
+    inlay = attached(model)
+    if not inlay.state.merged:
+        raise MergeError("nothing is merged")
+    for (path, name), tensor in inlay.state.merged.items():
+        model.get_submodule(path)._parameters[name] = tensor
+    inlay.state.merged = {}
+    activate(inlay, list(inlay.state.merged_names))
+
+
+def refuse(levels: Iterable[Level]) -> None:
+    """MergeError naming the first method that has no closed form."""
+    for level in levels:
+        if not type(level.method).mergeable:
+            raise MergeError(
+                f"{level.method.label()} at '{level.site.path}' cannot be merged: it acts on activations, "
+                "which no tensor of the base can stand for"
+            )
+
+
+def merged_tensors(mount: Mount, levels: list[Level]) -> dict[str, Tensor]:
+    """The new tensors of one module, computed wide and rounded once."""
+    assert all(has_closed_form(level.method) for level in levels)
+    names = {lv.site.param for lv in levels} | {lv.site.bias_name for lv in levels if lv.method.acts_on_bias}
+    tensors = {}
+    for name in sorted(names):
+        old = mount.module._parameters.get(name)
+        if old is None:
+            continue
+        wide = mount.fold(name, levels, old.detach().to(torch.promote_types(old.dtype, torch.float32)))
+        assert wide is not None
+        tensors[name] = wide.to(old.dtype).contiguous().clone()
+    return tensors
+
+
+def probe(mount: Mount) -> Tensor | None:
+    """The module's output on a fixed random input; None where its forward does not apply its tensors by itself."""
+    levels = [lv for stack in mount.levels.values() for lv in stack]
+    if not any(acts_on_output(level) for level in levels) or mount.owner is not mount.module:
+        return None
+    site, module = next(level.site for level in levels if acts_on_output(level)), mount.module
+    generator = torch.Generator("cpu").manual_seed(0)
+    p = site.parameter
+    if isinstance(site.host, EmbeddingHost):
+        x = torch.randint(p.shape[0], (64,), generator=generator).to(p.device)
+    elif isinstance(site.host, ConvHost):
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        extent = [
+            2 * d * (k - 1) + s + 4 for k, d, s in zip(module.kernel_size, module.dilation, module.stride, strict=True)
+        ]
+        x = torch.randn(2, module.in_channels, *extent, generator=generator).to(p.device, p.dtype)
+    else:
+        assert site.host is not None
+        x = torch.randn(8, site.host.to_matrix(p).shape[1], generator=generator).to(p.device, p.dtype)
+    return first_output(module(x))
+
+
+def difference(a: Tensor | None, b: Tensor | None) -> float:
+    """max |a − b| relative to max |a|."""
+    if a is None or b is None:
+        return 0.0
+    return float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-12))

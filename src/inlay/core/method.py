@@ -1,0 +1,324 @@
+"""The contract of a method: typed fields are its options, a few hooks are its equation.
+
+A method object such as `LoRA(r=8)` is a *specification*: it owns options and no tensors. Attaching makes one *built*
+copy of it per site (`Method.at`), and only the built copies hold parameters. Families below are abstract, methods are
+final, and the identity hooks of `Method` are the only ones meant to be replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.errors import ComposeError, OptionError, SiteError, near
+from inlay.core.matrices import Matrix
+from inlay.core.options import check_known, option, options
+
+if TYPE_CHECKING:
+    from inlay.core.sites import Site
+
+M = TypeVar("M", bound="Method")
+
+REGISTRY: dict[str, type[Method]] = {}
+"""Every final method by its name: being registered means being documented, offered and tested."""
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(option,))
+class Method(nn.Module, ABC):
+    """What every method has: options, a site, hooks that default to the identity.
+
+    Class attributes a method states: `kind` (where in the network it acts: weight, hidden, tokens, …), `paper`
+    (authors, year, arXiv id) and `where` (the patterns it attaches to when the user names none).
+    """
+
+    kind: ClassVar[str]
+    paper: ClassVar[str] = ""
+    where: ClassVar[tuple[str, ...]] = ()
+    learning_rate: ClassVar[float] = 1e-3
+    """A rate (AdamW, batch 32, a base of some 10⁷ to 10⁸ parameters) at which defaults learn; the user's rate wins."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(eq=False, repr=False, kw_only=True)(cls)
+        cls.acts_before = cls.before is not Method.before
+        cls.acts_on_bias = cls.bias_of is not Method.bias_of
+
+    acts_before: ClassVar[bool] = False
+    acts_on_bias: ClassVar[bool] = False
+    has_sites: ClassVar[bool] = True
+    """False for a method that is nothing but the task head beside it."""
+    mergeable: ClassVar[bool] = False
+    """Whether the adapted network can be written as the base network with other tensors."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # nn.Module needs its dictionaries before the dataclass constructor assigns the first field
+        if inspect.isabstract(cls):
+            raise TypeError(f"{cls.__name__} is abstract")
+        self = super().__new__(cls)
+        nn.Module.__init__(self)
+        return self
+
+    def __post_init__(self) -> None:
+        for name, opt in options(type(self)).items():
+            setattr(self, name, opt.check(type(self).__name__, getattr(self, name)))
+        self.validate()
+
+    # ------------------------------------------------------------------ hooks
+    def validate(self) -> None:
+        """Check options against each other; raise OptionError."""
+        return
+
+    @abstractmethod
+    def build(self, site: Site) -> None:
+        """Create this site's parameters; the random generator is already seeded, tensors are made on the CPU."""
+
+    @abstractmethod
+    def count(self, site: Site) -> int:
+        """Trainable parameters at this site in closed form."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """x ↦ x′, the module's input."""
+        return x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """(x, y) ↦ y′, the module's output given its input."""
+        return y
+
+    def bias_of(self, b: Tensor | None) -> Tensor | None:
+        """b ↦ b′, the adapted bias (part of the closed form that `weight` begins)."""
+        return b
+
+    def penalty(self) -> Tensor | None:
+        """A regulariser that belongs to the method, added to the loss; None for none."""
+        return None
+
+    def step(self, progress: float) -> None:
+        """What happens between optimizer steps; `progress` runs from 0 to 1."""
+        return
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors a saved adapter holds for this site; the trained parameters unless a method folds them."""
+        return dict(self.named_parameters())
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `stored` gave; names and shapes are checked by the caller."""
+        for name, p in self.named_parameters():
+            p.data.copy_(tensors[name])
+
+    # ------------------------------------------------------------------ specification and copies
+    def at(self, site: Site) -> Self:
+        """A built copy of this specification for one site."""
+        built = type(self)(**self.fields())
+        for name, value in built.fields().items():
+            if isinstance(value, Method):
+                setattr(built, name, value.at(site))
+        built.__dict__["_site"] = site  # past nn.Module, which would register the base module it leads to
+        built.build(site)
+        return built
+
+    @property
+    def site(self) -> Site:
+        """Where this built copy sits; specifications have none."""
+        return self.__dict__["_site"]
+
+    def fields(self) -> dict[str, Any]:
+        """The options and their values."""
+        return {name: getattr(self, name) for name in options(type(self))}
+
+    def replace(self, **changes: Any) -> Self:
+        """The same specification with some options changed."""
+        check_known(type(self).__name__, changes, options(type(self)))
+        return type(self)(**{**self.fields(), **changes})
+
+    def on(self, *where: str | type[nn.Module]) -> Placement:
+        """This method at the given places, for adapters that are made of several."""
+        return Placement(self, tuple(where))
+
+    def specification(self) -> dict[str, Any]:
+        """Name and options as plain data; `method_from` reads it back."""
+        plain = {k: v.specification() if isinstance(v, Method) else v for k, v in self.fields().items()}
+        return {"method": type(self).name(), **plain}
+
+    @classmethod
+    def name(cls) -> str:
+        """Registered name: the class name in lower case."""
+        return cls.__name__.lower()
+
+    @classmethod
+    def equation(cls) -> str:
+        """The docstring's first line."""
+        return (inspect.getdoc(cls) or "").split("\n", 1)[0]
+
+    def label(self) -> str:
+        """A short name with the options that differ from the defaults: `LoRA(r=4)`, `DoRA(of=VeRA)`."""
+        shown = []
+        for name, opt in options(type(self)).items():
+            value = getattr(self, name)
+            text = value.label() if isinstance(value, Method) else repr(value)
+            default = opt.default.label() if isinstance(opt.default, Method) else repr(opt.default)
+            if text != default:
+                shown.append(f"{name}={text}")
+        return f"{type(self).__name__}({', '.join(shown)})" if shown else type(self).__name__
+
+    def __repr__(self) -> str:
+        return self.label()
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A method, the places it goes to, and options that differ there: `overrides={"block[0]": {"r": 16}}`."""
+
+    method: Method
+    where: tuple[str | type[nn.Module], ...] = ()
+    overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------- families
+class WeightMethod(Method):
+    """Acts on a frozen matrix W (d_out, d_in): has the closed form W ↦ `weight(W)`, b ↦ `bias_of(b)`."""
+
+    mergeable: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = False
+    """Whether building or applying it looks at W: such a method must come first at its site."""
+
+    @abstractmethod
+    def weight(self, W: Tensor) -> Tensor:
+        """W ↦ W′ in closed form, in the dtype of W."""
+
+    @abstractmethod
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same map on outputs, without forming W′."""
+
+    def update(self) -> Matrix | None:
+        """ΔW when W′ = W + ΔW, so that the cheapest path can be chosen; None otherwise."""
+        return None
+
+    def exact_now(self) -> bool:
+        """Whether `weight` gives what the forward pass gives now (not while dropout is active)."""
+        return True
+
+
+class DeltaMethod(WeightMethod):
+    """W′ = W + ΔW with a structured ΔW = `delta()`."""
+
+    dropout: float = option(default=0.0, doc="dropout on the input of the update path", low=0.0, high=1.0)
+
+    @abstractmethod
+    def delta(self) -> Matrix:
+        """ΔW as a structured matrix."""
+
+    def drop(self, x: Tensor) -> Tensor:
+        """x with this method's dropout."""
+        if self.dropout == 0.0 or not self.training:
+            return x
+        if not x.is_floating_point():
+            raise SiteError(f"{self.label()} at '{self.site.path}': dropout acts on vectors, an embedding reads ids")
+        return nn.functional.dropout(x, self.dropout)
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.delta().dense().to(W.dtype)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.site.add(self.delta(), self.drop(x), y)
+
+    def update(self) -> Matrix | None:
+        return self.delta()
+
+    def exact_now(self) -> bool:
+        return self.dropout == 0.0 or not self.training
+
+
+class HiddenMethod(Method):
+    """Acts on the activations that enter or leave a module: `before(x)`, `after(x, y)`, last axis = features."""
+
+    kind: ClassVar[str] = "hidden"
+
+
+class ParameterMethod(Method):
+    """Trains its own copy of one tensor of the base, which stays as it was: p ↦ `parameter(p)`."""
+
+    kind: ClassVar[str] = "weight"
+    mergeable: ClassVar[bool] = True
+
+    def build(self, site: Site) -> None:
+        self.value = nn.Parameter(site.parameter.detach().to("cpu", site.dtype, copy=True))
+
+    def count(self, site: Site) -> int:
+        return site.parameter.numel()
+
+    def parameter(self, p: Tensor) -> Tensor:
+        return self.value.to(p.dtype)
+
+    @abstractmethod
+    def wants(self, module: nn.Module, name: str) -> bool:
+        """Whether the parameter `name` that `module` holds is one this method trains."""
+
+
+# ---------------------------------------------------------------------- registry
+def register(cls: type[M]) -> type[M]:
+    """Enter a final method into the catalogue; it is then offered, documented and tested by the laws."""
+    if cls.name() in REGISTRY:
+        raise ValueError(f"a method named '{cls.name()}' is registered already: {REGISTRY[cls.name()]}")
+    if not cls.equation() or not cls.paper:
+        raise ValueError(f"{cls.__name__} needs a docstring that begins with its equation, and a paper")
+    REGISTRY[cls.name()] = cls
+    return cls
+
+
+def method_class(name: str) -> type[Method]:
+    """The registered class of that name (any case, `-` and `_` ignored); OptionError lists the known ones."""
+    import inlay.methods  # noqa: F401  (importing registers; here to break the cycle)
+
+    key = re.sub(r"[-_ ]", "", name).lower()
+    if key not in REGISTRY:
+        raise OptionError(f"unknown method '{name}'{near(key, REGISTRY)} (known: {', '.join(sorted(REGISTRY))})")
+    return REGISTRY[key]
+
+
+def method_from(spec: Any) -> Method:
+    """A method from plain data.
+
+    Accepts a `Method`, a name (`"lora"`), a call (`"dora(of=vera(r=256))"`), or a mapping, either
+    `{"method": "lora", "r": 8}` or `{"lora": {"r": 8}}`. Raises OptionError on unknown names and options.
+    """
+    if isinstance(spec, Method):
+        return spec
+    if isinstance(spec, str):
+        from inlay.core.parse import parse_call
+
+        name, given = parse_call(spec)
+    elif isinstance(spec, dict) and "method" in spec:
+        given = {k: v for k, v in spec.items() if k != "method"}
+        name = spec["method"]
+    elif isinstance(spec, dict) and len(spec) == 1:
+        ((name, given),) = spec.items()
+        given = given or {}
+    else:
+        raise OptionError(
+            f"a method is a name, a call such as 'lora(r=8)' or a mapping {{name: options}}, got {spec!r}"
+        )
+    cls = method_class(name)
+    known = options(cls)
+    check_known(cls.__name__, given, known)
+    return cls(**{k: method_from(v) if _takes_method(known[k].type) else v for k, v in given.items()})
+
+
+def _takes_method(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, Method)
+
+
+def uniform(shape: tuple[int, ...], bound: float) -> Tensor:
+    """U(−bound, bound) from the ambient generator."""
+    return torch.empty(shape).uniform_(-bound, bound)
+
+
+__all__ = [
+    "REGISTRY", "ComposeError", "DeltaMethod", "HiddenMethod", "Method", "ParameterMethod", "Placement",
+    "WeightMethod", "method_class", "method_from", "option", "register", "uniform",
+]  # fmt: skip

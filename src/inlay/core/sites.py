@@ -1,0 +1,346 @@
+"""Sites: the places in a network a method can sit at, and what each kind of place knows about its tensor.
+
+Every matrix site speaks one language, a matrix W of shape (d_out, d_in) acting on row batches, whatever the module
+stores: a convolution's kernel is flattened to (c_out, c_in/groups · k…), an embedding table (V, d) is its transpose
+(d, V) acting on one-hot ids, a packed query-key-value matrix is one block of rows. A `Host` translates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core.errors import SiteError
+from inlay.core.matrices import LowRank, Matrix
+from inlay.core.rows import Rows
+
+if TYPE_CHECKING:
+    from inlay.core.adapter import Inlay
+
+
+class Host(ABC):
+    """How one kind of module stores, applies and shapes its matrix."""
+
+    hooked: ClassVar[bool] = True
+    """Whether the module's own forward applies the matrix, so that inputs and outputs can be seen."""
+    linear: ClassVar[bool] = True
+    """Whether the input is a batch of vectors along the feature axis (an embedding's ids are not)."""
+
+    @abstractmethod
+    def to_matrix(self, p: Tensor) -> Tensor:
+        """The stored tensor as (d_out, d_in), a view."""
+
+    @abstractmethod
+    def from_matrix(self, W: Tensor, like: Tensor) -> Tensor:
+        """(d_out, d_in) in the shape of the stored tensor `like`."""
+
+    @abstractmethod
+    def apply(self, module: nn.Module, delta: Matrix, x: Tensor) -> Tensor:
+        """What the module would output with Δ for its matrix and no bias."""
+
+    def add(self, module: nn.Module, delta: Matrix, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.apply(module, delta, x)
+
+    def outward(self, v: Tensor, y: Tensor) -> Tensor:
+        """A vector over d_out, shaped to broadcast against the module's output y."""
+        return v
+
+    def inward(self, v: Tensor, x: Tensor) -> Tensor:
+        """A vector over d_in, shaped to broadcast against the module's input x."""
+        return v
+
+
+class LinearHost(Host):
+    """`nn.Linear` and everything that computes x Wᵀ + b with W stored (out, in)."""
+
+    def to_matrix(self, p: Tensor) -> Tensor:
+        return p
+
+    def from_matrix(self, W: Tensor, like: Tensor) -> Tensor:
+        return W
+
+    def apply(self, module: nn.Module, delta: Matrix, x: Tensor) -> Tensor:
+        return delta.apply(x)
+
+    def add(self, module: nn.Module, delta: Matrix, x: Tensor, y: Tensor) -> Tensor:
+        return delta.add_to(y, x)
+
+
+class TransposedHost(LinearHost):
+    """transformers' `Conv1D`: a linear layer that stores (in, out)."""
+
+    def to_matrix(self, p: Tensor) -> Tensor:
+        return p.T
+
+    def from_matrix(self, W: Tensor, like: Tensor) -> Tensor:
+        return W.T
+
+
+class ConvHost(Host):
+    """`nn.Conv1d/2d/3d` with any stride, padding, padding mode, dilation and groups.
+
+    W is the kernel flattened to (c_out, c_in/groups · k…). A low-rank Δ = B A is the convolution with A's r kernels
+    followed by the 1×1 convolution B (LoCon); with groups each group sees A on its own channels.
+    """
+
+    def to_matrix(self, p: Tensor) -> Tensor:
+        return p.flatten(1)
+
+    def from_matrix(self, W: Tensor, like: Tensor) -> Tensor:
+        return W.reshape(like.shape)
+
+    def apply(self, module: nn.Module, delta: Matrix, x: Tensor) -> Tensor:
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        kernel = (module.in_channels // module.groups, *module.kernel_size)
+        if not isinstance(delta, LowRank):
+            return module._conv_forward(x, delta.dense().to(x.dtype).reshape(-1, *kernel), None)
+        A = delta.A.to(x.dtype).reshape(delta.rank, *kernel)
+        A = A.repeat(module.groups, *(1 for _ in kernel))  # every group applies the same r kernels to its channels
+        h = module._conv_forward(x, A, None)
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
+        B = (delta.scale * delta.B).to(x.dtype).reshape(*delta.B.shape, *(1 for _ in module.kernel_size))
+        return convolve(h, B, groups=module.groups)
+
+    def outward(self, v: Tensor, y: Tensor) -> Tensor:
+        return v.reshape(-1, *(1 for _ in y.shape[2:])) if y.dim() > 2 else v
+
+    def inward(self, v: Tensor, x: Tensor) -> Tensor:
+        raise SiteError(
+            "a convolution's input has channels, its matrix has channels × kernel: scale its output instead"
+        )
+
+
+class EmbeddingHost(Host):
+    """`nn.Embedding`, also where the module scales its output (Gemma): W = Eᵀ, the scale is read off by probing."""
+
+    linear = False
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def to_matrix(self, p: Tensor) -> Tensor:
+        return p.T
+
+    def from_matrix(self, W: Tensor, like: Tensor) -> Tensor:
+        return W.T
+
+    def apply(self, module: nn.Module, delta: Matrix, x: Tensor) -> Tensor:
+        assert isinstance(module, nn.Embedding)
+        rows = delta.columns(x)
+        if module.padding_idx is not None:
+            # as F.embedding does: the padding row is read but never trained
+            rows = torch.where((x == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+    def add(self, module: nn.Module, delta: Matrix, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.apply(module, delta, x).to(y.dtype)
+
+    def inward(self, v: Tensor, x: Tensor) -> Tensor:
+        raise SiteError("an embedding reads ids, there is no input vector to scale")
+
+
+class StoredHost(LinearHost):
+    """A matrix that no module forward applies by itself: `nn.MultiheadAttention` projections, experts' stacks.
+
+    Methods act on it through the tensor the module reads, so they need a closed form.
+    """
+
+    hooked = False
+
+
+class StoredTransposedHost(TransposedHost):
+    """The same, stored (in, out)."""
+
+    hooked = False
+
+
+def output_scale(module: nn.Embedding) -> float:
+    """The factor by which an embedding module multiplies its rows (Gemma: √d), found by calling it; 1 if plain."""
+    if type(module).forward is nn.Embedding.forward or module.weight.is_meta:
+        return 1.0
+    with torch.no_grad():
+        ids = module.weight.norm(dim=1).argmax()[None]
+        row, out = module.weight[ids].double(), type(module).forward(module, ids).double()
+        scale = float((row * out).sum() / row.square().sum().clamp_min(1e-300))
+        if not torch.allclose(out, scale * row, rtol=1e-2):
+            raise SiteError(f"{type(module).__name__} does more than look up and scale rows: it cannot be adapted")
+    return scale
+
+
+@dataclass(eq=False)
+class Site:
+    """One place: a module, which of its tensors, and what a method may ask about it."""
+
+    path: str
+    """Module path in the base model; for spans the module whose output is the site's output."""
+    module: nn.Module
+    name: str = ""
+    """Neutral name (`block[3].attn.q`), or the path where the anatomy has none."""
+    depth: int | None = None
+    host: Host | None = None
+    param: str = "weight"
+    rows: Rows | None = None
+    """Which output rows of a packed matrix belong to this site; None for all."""
+    expert: int | None = None
+    """Which matrix of a stack (experts, …) held in one 3-D parameter."""
+    entry: str | None = None
+    """Module path whose input is the site's input, where it is not `path` itself."""
+    width: int | None = None
+    """Feature width of a hidden site."""
+    dtype: torch.dtype = torch.float32
+    """Type of trained parameters."""
+    key: str = ""
+    """Unique name of this site in the model, the prefix of its tensors in files."""
+    ties: list[tuple[str, nn.Module, str]] = field(default_factory=list)
+    """Other (path, module, name) that hold the very same tensor; only trained copies follow a tie."""
+    peers: list[Site] = field(default_factory=list)
+    """All sites the same specification is attached to, this one included."""
+    inlay: Inlay | None = None
+
+    # ------------------------------------------------------------------ matrix sites
+    @property
+    def parameter(self) -> Tensor:
+        """The base's own stored tensor."""
+        p = self.module._parameters.get(self.param)
+        if p is None:
+            raise SiteError(f"'{self.path}' has no parameter '{self.param}'")
+        return p
+
+    def matrix_of(self, p: Tensor) -> Tensor:
+        """The rows of the stored tensor that belong to this site, (d_out, d_in)."""
+        assert self.host is not None
+        W = self.host.to_matrix(p)
+        return W if self.rows is None else self.rows.take(W, 0)
+
+    def stored_from(self, W: Tensor, like: Tensor) -> Tensor:
+        """The stored tensor `like` with this site's rows replaced by W."""
+        assert self.host is not None
+        if self.rows is not None:
+            W = self.rows.put(self.host.to_matrix(like).to(W.dtype), W, 0)
+        return self.host.from_matrix(W, like)
+
+    @property
+    def weight(self) -> Tensor:
+        """W as the base holds it, (d_out, d_in), no gradient."""
+        p = self.parameter.detach()
+        return self.matrix_of(p if self.expert is None else p[self.expert])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """This site's part of the base's bias, or None."""
+        b = self.module._parameters.get(self.bias_name)
+        return b if b is None or self.rows is None else self.rows.take(b, 0)
+
+    @property
+    def current_bias(self) -> Tensor | None:
+        """The bias the running forward was computed with: a trained copy where there is one."""
+        if self.module._parameters.get(self.bias_name) is None:
+            return None
+        b = getattr(self.module, self.bias_name)
+        return b if self.rows is None else self.rows.take(b, 0)
+
+    @property
+    def bias_name(self) -> str:
+        return "in_proj_bias" if self.param.endswith("_proj_weight") else "bias"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        if self.host is None:
+            raise SiteError(f"'{self.path}' is not a matrix")
+        shape = self.weight.shape
+        return int(shape[0]), int(shape[1])
+
+    @property
+    def d_out(self) -> int:
+        return self.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.shape[1]
+
+    @property
+    def kernel_area(self) -> int:
+        """Taps of a convolution kernel, 1 elsewhere."""
+        return prod(self.parameter.shape[2:]) if isinstance(self.host, ConvHost) else 1
+
+    @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.host, EmbeddingHost)
+
+    def apply(self, delta: Matrix, x: Tensor) -> Tensor:
+        """The contribution of Δ to this site's output for the module's input x."""
+        assert self.host is not None
+        return self.host.apply(self.module, delta, x)
+
+    def add(self, delta: Matrix, x: Tensor, y: Tensor) -> Tensor:
+        """y plus that contribution."""
+        assert self.host is not None
+        return self.host.add(self.module, delta, x, y)
+
+    def outward(self, v: Tensor, y: Tensor) -> Tensor:
+        """A vector over d_out, shaped and typed to act on the module's output."""
+        v = v.to(y.dtype)
+        return self.host.outward(v, y) if self.host is not None else v
+
+    def inward(self, v: Tensor, x: Tensor) -> Tensor:
+        """A vector over d_in, shaped and typed to act on the module's input."""
+        v = v.to(x.dtype)
+        return self.host.inward(v, x) if self.host is not None else v
+
+    # ------------------------------------------------------------------ hidden sites
+    @property
+    def features(self) -> int:
+        """Feature width of the site's output."""
+        if self.width is not None:
+            return self.width
+        if self.host is not None:
+            return self.d_out
+        raise SiteError(
+            f"the feature width of '{self.path}' is unknown: name a linear module, or a block of a known model"
+        )
+
+    @property
+    def parameter_device(self) -> torch.device:
+        """Where this site's module lives."""
+        p = next(self.module.parameters(), None)
+        return torch.device("cpu") if p is None else p.device
+
+    # ------------------------------------------------------------------ shared
+    def shared(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A frozen tensor that exists once per model; `make` runs on first use."""
+        assert self.inlay is not None
+        return self.inlay.shared_tensor(name, make)
+
+    def shared_now(self, name: str) -> Tensor:
+        """The shared tensor of that name, wherever the model has been moved since."""
+        assert self.inlay is not None
+        tensor = self.inlay.tensors._buffers[name]
+        assert tensor is not None
+        return tensor
+
+    def role(self, pattern: str) -> bool:
+        """Whether the neutral name ends with `pattern` (`attn.q`, `mlp.down`)."""
+        return self.name == pattern or self.name.endswith("." + pattern)
+
+
+def host_of(module: nn.Module, parent: nn.Module | None = None) -> Host | None:
+    """The host of a module's own `weight`, or None where inlay knows no matrix there."""
+    if isinstance(parent, nn.MultiheadAttention) and isinstance(module, nn.Linear):
+        return StoredHost()  # its weight is read by the parent, its forward is never called
+    if isinstance(module, nn.Linear):
+        return LinearHost()
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return ConvHost()
+    if isinstance(module, nn.Embedding):
+        return EmbeddingHost(output_scale(module)) if module.max_norm is None else None
+    if type(module).__name__ == "Conv1D" and isinstance(module._parameters.get("weight"), nn.Parameter):
+        return TransposedHost()
+    return None

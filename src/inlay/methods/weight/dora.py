@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from inlay.core.method import DeltaMethod, WeightMethod, option, register
+from inlay.core.sites import Site
+from inlay.methods.weight.lora import LoRA
+
+
+@register
+class DoRA(WeightMethod):
+    """W′ = m ⊙ (W + ΔW) / ‖W + ΔW‖, row by row, ΔW of any method with a delta.
+
+    m (d_out,) starts at the row norms of W. As in the paper's section 4.3 the norm is not differentiated. The norm of
+    W + ΔW comes from ‖W‖², ⟨W, ΔW⟩ and ‖ΔW‖², so W + ΔW is not formed. `DoRA(of=VeRA())` is DVoRA. For an embedding
+    table a row is one of the d dimensions, across the vocabulary; for a convolution one output channel.
+    """
+
+    kind: ClassVar[str] = "weight"
+    paper: ClassVar[str] = "Liu et al. 2024, arXiv 2402.09353"
+    where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
+    learning_rate: ClassVar[float] = 1e-3
+    reads_weight: ClassVar[bool] = True
+
+    of: DeltaMethod = option(default=LoRA(), doc="the directional update")
+
+    def build(self, site: Site) -> None:
+        squares = site.weight.float().square().sum(1)
+        self.register_buffer("squares", squares.cpu(), persistent=False)  # ‖W_i‖², W never moves
+        self.m = nn.Parameter(squares.sqrt().to("cpu", site.dtype))
+
+    def count(self, site: Site) -> int:
+        return self.of.count(site) + site.d_out
+
+    def ratio(self) -> Tensor:
+        """m / ‖W + ΔW‖, (d_out,), gradient through m alone."""
+        W = self.site.weight
+        squares = (
+            self.of.delta().squared_row_norms(W.to(self.m.dtype), self.get_buffer("squares").to(self.m.dtype)).detach()
+        )
+        return self.m / squares.clamp_min(1e-30).sqrt()
+
+    def weight(self, W: Tensor) -> Tensor:
+        return self.ratio().to(W.dtype)[:, None] * self.of.weight(W)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        c = self.site.outward(self.ratio(), y)
+        bias = self.site.current_bias
+        if bias is None:
+            return c * self.of.after(x, y)
+        b = self.site.outward(bias, y)  # the bias is never scaled
+        return c * self.of.after(x, y - b) + b
+
+    def exact_now(self) -> bool:
+        return self.of.exact_now()

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.matrices import LowRank
+from inlay.core.method import DeltaMethod, option, register, uniform
+from inlay.core.sites import Site
+
+
+@register
+class LoRA(DeltaMethod):
+    """W′ = W + s·B A,  s = α/r  (rank-stabilised: α/√r).
+
+    A (r, d_in) starts Kaiming-uniform, B (d_out, r) at zero; on an embedding table A is zero and B normal, so the
+    look-up of either is cheap. On convolutions A has the base's kernel and B is 1×1; with groups, every group sees A
+    on its own channels. `bias` trains an offset of the base's bias as well.
+    """
+
+    kind: ClassVar[str] = "weight"
+    paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685 (rank-stabilised: Kalajdzievski 2023, arXiv 2312.03732)"
+    where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
+    learning_rate: ClassVar[float] = 1e-3
+
+    r: int = option(default=8, doc="rank", low=1)
+    alpha: float = option(default=8.0, doc="scale numerator α", low=0.0)
+    rank_stabilized: bool = option(default=False, doc="s = α/√r instead of α/r")
+    init: Literal["kaiming", "gaussian"] = option(
+        default="kaiming", doc="distribution of A; gaussian has deviation 1/r"
+    )
+    bias: bool = option(default=False, doc="train an offset of the bias, where there is one")
+
+    def build(self, site: Site) -> None:
+        self.scale = self.alpha / (self.r**0.5 if self.rank_stabilized else self.r)
+        A, B = torch.zeros(self.r, site.d_in), torch.zeros(site.d_out, self.r)
+        if site.is_embedding:
+            B.normal_()
+        elif self.init == "gaussian":
+            A.normal_(std=1 / self.r)
+        else:
+            A = uniform((self.r, site.d_in), site.d_in**-0.5)
+        self.A, self.B = nn.Parameter(A.to(site.dtype)), nn.Parameter(B.to(site.dtype))
+        offset = self.bias and site.bias is not None
+        self.b = nn.Parameter(torch.zeros(site.d_out, dtype=site.dtype)) if offset else None
+
+    def count(self, site: Site) -> int:
+        return self.r * (site.d_in + site.d_out) + (site.d_out if self.bias and site.bias is not None else 0)
+
+    def delta(self) -> LowRank:
+        return LowRank(self.B, self.A, self.scale)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        y = self.site.add(self.delta(), self.drop(x), y)
+        return y if self.b is None else y + self.site.outward(self.b, y)
+
+    def bias_of(self, b: Tensor | None) -> Tensor | None:
+        return b if b is None or self.b is None else b + self.b.to(b.dtype)
