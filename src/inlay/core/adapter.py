@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -111,20 +111,29 @@ def build_sites(model: nn.Module, inlay: Inlay, name: str, pairs: Sequence[tuple
             inlay.adapters[name] = nn.ModuleDict()
             for spec, site in pairs:
                 site.inlay = inlay
-                method = spec.at(site).to(site.parameter_device)
+                method = placed(spec.at(site), site.parameter_device)
                 compose(inlay, name, site, method)
                 inlay.put(model, name, site, method)
     except BaseException:
         inlay.drop(name)
         discard(model)
         raise
-    inlay.tensors.to(inlay.device)
+    placed(inlay.tensors, inlay.device)
     inlay.train(model.training)
     inlay.refresh()
     for n, p in model.named_parameters():
         if not n.startswith("inlay."):
             p.requires_grad_(False)
     activate(inlay, [name])
+
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def placed(module: T, device: torch.device) -> T:
+    """The module on that device; left alone where it is there already, as tensors without storage must be."""
+    tensors = (*module.parameters(), *module.buffers())
+    return module if all(t.device == device for t in tensors) else module.to(device)
 
 
 def discard(model: nn.Module) -> None:

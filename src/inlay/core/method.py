@@ -247,7 +247,7 @@ class ParameterMethod(Method):
     mergeable: ClassVar[bool] = True
 
     def build(self, site: Site) -> None:
-        self.value = nn.Parameter(site.parameter.detach().to("cpu", site.dtype, copy=True))
+        self.value = nn.Parameter(site.parameter.detach().to(site.dtype, copy=True))
 
     def count(self, site: Site) -> int:
         return site.parameter.numel()

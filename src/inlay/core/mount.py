@@ -37,6 +37,11 @@ class Level:
     method: Method
     site: Site
 
+    @property
+    def head(self) -> bool:
+        """Whether this is the task head trained beside the methods."""
+        return self.method.kind == "head"
+
 
 class Mount:
     """Everything attached to one module."""

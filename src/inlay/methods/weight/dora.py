@@ -28,8 +28,8 @@ class DoRA(WeightMethod):
 
     def build(self, site: Site) -> None:
         squares = site.weight.float().square().sum(1)
-        self.register_buffer("squares", squares.cpu(), persistent=False)  # ‖W_i‖², W never moves
-        self.m = nn.Parameter(squares.sqrt().to("cpu", site.dtype))
+        self.register_buffer("squares", squares, persistent=False)  # ‖W_i‖², W never moves
+        self.m = nn.Parameter(squares.sqrt().to(site.dtype))
 
     def count(self, site: Site) -> int:
         return self.of.count(site) + site.d_out
