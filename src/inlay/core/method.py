@@ -74,6 +74,15 @@ class Method(nn.Module, ABC):
         """Check options against each other; raise OptionError."""
         return
 
+    def acts_at(self, site: Site) -> bool:
+        """Whether the method takes this place, of those that `where` names (AdapterDrop leaves out low blocks)."""
+        return True
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether the adapted model equals the base before training, with these options."""
+        return True
+
     @abstractmethod
     def build(self, site: Site) -> None:
         """Create this site's parameters; the random generator is already seeded, tensors are made on the CPU."""
