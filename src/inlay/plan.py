@@ -129,14 +129,19 @@ def fake() -> Iterator[None]:
 def skeleton(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
     """A model of that configuration for the task, of fake tensors when made inside `fake()`."""
     import transformers  # noqa: PLC0415
+    from transformers.initialization import no_init_weights  # noqa: PLC0415
 
+    auto = {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "image-classification": transformers.AutoModelForImageClassification,
+        "text-classification": transformers.AutoModelForSequenceClassification,
+    }[task]
+    with no_init_weights():
+        model = auto.from_config(config, dtype=dtype).train()
+    model.tie_weights()
     if task == "causal-lm":
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    elif task == "image-classification":
-        model = transformers.AutoModelForImageClassification.from_config(config, dtype=dtype)
-    else:
-        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    return model.train()
+        model.loss_type = "ForCausalLM"  # some configurations leave it open, which transformers warns about
+    return model
 
 
 def step_bytes(model: nn.Module, config: Any, task: str, batch: int, length: int, checkpointing: bool) -> int:

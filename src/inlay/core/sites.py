@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -250,7 +251,7 @@ class Site:
     def bias_name(self) -> str:
         return "in_proj_bias" if self.param.endswith("_proj_weight") else "bias"
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in)."""
         if self.host is None:

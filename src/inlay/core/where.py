@@ -55,9 +55,9 @@ class Finder:
             yield from (self._part(path) for path, m in self.modules.items() if isinstance(m, pattern))
             return
         if pattern == "all-linear":
+            head = self.anatomy.parts.get("head")  # a language model's output layer is not adapted by "all"
             for path, m in self.modules.items():
-                host = host_of(m, self._parent(path))
-                if isinstance(host, LinearHost):
+                if isinstance(host_of(m, self._parent(path)), LinearHost) and not (head and inside(path, head.path)):
                     yield self._part(path)
             return
         if pattern.startswith("re:"):
@@ -113,7 +113,8 @@ class Finder:
                     continue
                 for site in self._expand(method, part):
                     site.dtype = dtype
-                    chosen.setdefault(site.key, site)
+                    if method.acts_at(site):
+                        chosen.setdefault(site.key, site)
         if not chosen:
             raise SiteError(
                 f"{method.label()} finds nothing to act on at {list(patterns)}"
