@@ -42,8 +42,8 @@ def save(adapter: Adapter, folder: str | Path, about: dict[str, Any] | None = No
     """
     folder = Path(folder)
     tensors = stored_tensors(adapter)
-    inlay = attached(adapter.model)
-    frozen = {name: t.cpu() for name, t in inlay.tensors.named_buffers()} if shared else {}
+    given = attached(adapter.model).state.given
+    frozen = {name: t.cpu() for name, t in shared_tensors(adapter).items() if shared or name in given}
     everything = tensors | {f"shared.{name}": t.contiguous() for name, t in frozen.items()}
     document = describe(adapter, about or {}) | {"tensors": tensors_digest(everything)}
     document["checksum"] = sha256(canonical(document))
@@ -62,6 +62,12 @@ def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
         if isinstance(method, Method)
         for name, t in method.stored().items()
     }
+
+
+def shared_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The frozen tensors that this adapter's sites share, by name."""
+    used = {name for level in adapter.levels for name in level.site.uses}
+    return {name: t for name, t in attached(adapter.model).tensors.named_buffers() if name in used}
 
 
 def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
         "seed": adapter.seed,
         "head": list(adapter.head),
         "sites": sites,
-        "shared": {name: sha256(tensor_bytes(t)) for name, t in inlay.tensors.named_buffers()},
+        "shared": {name: sha256(tensor_bytes(t)) for name, t in shared_tensors(adapter).items()},
         "base": {
             "architecture": type(model).__name__,
             "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
@@ -167,17 +173,21 @@ def check_description(document: dict[str, Any], path: Path) -> None:
 
 
 def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base: bool = False) -> Adapter:
-    """Attach a saved adapter.
+    """Attach a saved adapter, of inlay or of Hugging Face PEFT (`inlay.interop.peft`).
 
     Args:
         model: the base it was trained on (any dtype, any task class that has the adapted modules).
         name: another name than the saved one.
-        any_base: skip the check that the adapted weights are those it was trained on.
+        any_base: skip the check that the adapted weights are those it was trained on (PEFT folders cannot tell).
 
     Raises:
         CheckpointError: damaged files, another base, other shapes, missing or extra tensors.
     """
     folder = Path(folder)
+    if (folder / "adapter_config.json").exists() and not (folder / TENSORS).exists():
+        from inlay.interop import peft
+
+        return peft.read(model, folder, name)
     document, tensors = read(folder)
     sites = [site_from(model, record, folder) for record in document["sites"]]
     methods = [Head() if r["head"] else method_from(r["method"]) for r in document["sites"]]
@@ -191,6 +201,9 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base
     inlay = container(model)
     name = name or document["name"]
     check_name(inlay, name)
+    for key, t in tensors.items():
+        if key.startswith("shared."):
+            inlay.give(key.removeprefix("shared."), t)
     dtype = getattr(torch, document["dtype"])
     groups: dict[str, list[Site]] = {}
     for site, method in zip(sites, methods, strict=True):

@@ -53,6 +53,8 @@ class State:
     merged: dict[tuple[str, str], Any] = field(default_factory=dict)
     """Base tensors set aside by a merge, by (module path, name)."""
     merged_names: tuple[str, ...] = ()
+    given: set[str] = field(default_factory=set)
+    """Shared tensors that came from a file, which a seed may not reproduce."""
 
 
 class Inlay(nn.Module):
@@ -168,6 +170,11 @@ class Inlay(nn.Module):
         if name not in self.tensors._buffers:
             self.tensors.register_buffer(name, make(), persistent=False)
         return self.tensors._buffers[name]  # type: ignore[return-value]
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        """A shared tensor from a file rather than one drawn on first use; saved in full with adapters that use it."""
+        self.shared_tensor(name, lambda: tensor)
+        self.state.given.add(name)
 
     # ------------------------------------------------------------------ what acts
     @contextmanager

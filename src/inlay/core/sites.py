@@ -204,6 +204,8 @@ class Site:
     peers: list[Site] = field(default_factory=list)
     """All sites the same specification is attached to, this one included."""
     inlay: Inlay | None = None
+    uses: set[str] = field(default_factory=set)
+    """Names of the shared tensors that the method here asked for."""
 
     # ------------------------------------------------------------------ matrix sites
     @property
@@ -318,6 +320,7 @@ class Site:
     def shared(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A frozen tensor that exists once per model; `make` runs on first use."""
         assert self.inlay is not None
+        self.uses.add(name)
         return self.inlay.shared_tensor(name, make)
 
     def shared_now(self, name: str) -> Tensor:

@@ -16,7 +16,7 @@ class LoRA(DeltaMethod):
 
     A (r, d_in) starts Kaiming-uniform, B (d_out, r) at zero; on an embedding table A is zero and B normal, so the
     look-up of either is cheap. On convolutions A has the base's kernel and B is 1×1; with groups, every group sees A
-    on its own channels. `bias` trains an offset of the base's bias as well.
+    on its own channels. `bias` gives the update a bias c as well: b′ = b + s·c.
     """
 
     kind: ClassVar[str] = "weight"
@@ -30,7 +30,7 @@ class LoRA(DeltaMethod):
     init: Literal["kaiming", "gaussian"] = option(
         default="kaiming", doc="distribution of A; gaussian has deviation 1/r"
     )
-    bias: bool = option(default=False, doc="train an offset of the bias, where there is one")
+    bias: bool = option(default=False, doc="train a bias of the update, where the base has one")
 
     def build(self, site: Site) -> None:
         self.scale = self.alpha / (self.r**0.5 if self.rank_stabilized else self.r)
@@ -53,7 +53,7 @@ class LoRA(DeltaMethod):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         y = self.site.add(self.delta(), self.drop(x), y)
-        return y if self.b is None else y + self.site.outward(self.b, y)
+        return y if self.b is None else y + self.site.outward(self.scale * self.b, y)
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
-        return b if b is None or self.b is None else b + self.b.to(b.dtype)
+        return b if b is None or self.b is None else b + self.scale * self.b.to(b.dtype)

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.core.errors import OptionError
 from inlay.core.matrices import LowRank
 from inlay.core.method import DeltaMethod, option, register
 from inlay.core.sites import Site
@@ -26,14 +27,15 @@ class VeRA(DeltaMethod):
     r: int = option(default=256, doc="rank of the shared projections", low=1)
     d_initial: float = option(default=0.1, doc="start of every entry of d")
     seed: int = option(default=0, doc="seed of the shared projections", low=0)
+    projections: str = option(default="", doc="digest of projections that came with a file; empty: drawn from `seed`")
 
     def build(self, site: Site) -> None:
         wide, tall = max(s.d_in for s in site.peers), max(s.d_out for s in site.peers)
-        name = f"vera-{self.seed}-{self.r}-{tall}x{wide}"
+        name = f"vera-{self.projections or f'{self.seed}-{self.r}-{tall}x{wide}'}"
         meta = site.parameter.is_meta
-        site.shared(f"{name}-A", lambda: projections(self.seed, self.r, wide, tall, meta)[0])
-        site.shared(f"{name}-B", lambda: projections(self.seed, self.r, wide, tall, meta)[1])
-        self.projections = name
+        site.shared(f"{name}-A", lambda: self.draw(wide, tall, meta)[0])
+        site.shared(f"{name}-B", lambda: self.draw(wide, tall, meta)[1])
+        self.drawn = name
         self.d = nn.Parameter(torch.full((self.r,), self.d_initial, dtype=site.dtype))
         self.b = nn.Parameter(torch.zeros(site.d_out, dtype=site.dtype))
         self.shape = site.shape
@@ -41,15 +43,23 @@ class VeRA(DeltaMethod):
     def count(self, site: Site) -> int:
         return self.r + site.d_out
 
+    def draw(self, wide: int, tall: int, meta: bool) -> tuple[Tensor, Tensor]:
+        """The shared projections, where they were not given."""
+        if self.projections:
+            raise OptionError(
+                f"{self.label()}: projections named by a digest come with a saved adapter: load it, or give a seed"
+            )
+        return projections(self.seed, self.r, wide, tall, meta)
+
     @property
     def A(self) -> Tensor:
         """(r, d_in), frozen."""
-        return self.site.shared_now(f"{self.projections}-A")[:, : self.shape[1]]
+        return self.site.shared_now(f"{self.drawn}-A")[:, : self.shape[1]]
 
     @property
     def B(self) -> Tensor:
         """(d_out, r), frozen."""
-        return self.site.shared_now(f"{self.projections}-B")[: self.shape[0]]
+        return self.site.shared_now(f"{self.drawn}-B")[: self.shape[0]]
 
     def delta(self) -> LowRank:
         return LowRank(self.b[:, None] * self.B, self.d[:, None] * self.A)
