@@ -249,6 +249,40 @@ class HiddenMethod(Method):
     kind: ClassVar[str] = "hidden"
 
 
+class TokenMethod(Method):
+    """Adds virtual tokens to the sequence a network reads; sites are the towers of `inlay.core.towers`."""
+
+    kind: ClassVar[str] = "tokens"
+
+    tokens: int = option(default=20, doc="virtual tokens p", low=1)
+
+    @property
+    def starts_at_base(self) -> bool:
+        return False
+
+
+class PromptMethod(TokenMethod):
+    """X′ = [P; X]: vectors before the input embeddings, with positions of their own."""
+
+    keep: bool = option(
+        default=False, doc="leave the virtual tokens in the output (pooling and heads see them), as PEFT does"
+    )
+
+    @abstractmethod
+    def prompt(self) -> Tensor:
+        """P (p, d), in the space of the input embeddings."""
+
+
+class PrefixMethod(TokenMethod):
+    """K′ = [P_k; K], V′ = [P_v; V]: keys and values before those of the tokens, in each attention of the site."""
+
+    shift: bool = option(default=False, doc="count the prefix in the positions of the tokens, as PEFT does")
+
+    @abstractmethod
+    def prefix(self, i: int) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, (key-value heads, p, head size) each, of the site's i-th attention."""
+
+
 class ParameterMethod(Method):
     """Trains its own copy of one tensor of the base, which stays as it was: p ↦ `parameter(p)`."""
 
@@ -329,5 +363,6 @@ def uniform(shape: tuple[int, ...], bound: float) -> Tensor:
 
 __all__ = [
     "REGISTRY", "ComposeError", "DeltaMethod", "HiddenMethod", "Method", "ParameterMethod", "Placement",
-    "WeightMethod", "method_class", "method_from", "option", "register", "uniform",
+    "PrefixMethod", "PromptMethod", "TokenMethod", "WeightMethod", "method_class", "method_from", "option",
+    "register", "uniform",
 ]  # fmt: skip

@@ -1,0 +1,309 @@
+"""Virtual tokens before a tower's sequence: X' = [P; X].
+
+`Entry` sits at the tower's own forward. Going in, ids become embeddings with P before them, and masks, token types and
+positions grow to match; while a cache holds the virtual tokens already, only masks and positions do. Coming out, the
+virtual tokens are cut off again, before any pooling, so logits and labels keep the user's length.
+
+In each row the order is [left padding; P; tokens]: P stands where it would stand without padding, so a padded row
+equals the unpadded one, relative positions included. Rows that `inlay.route` sends to prompts of different lengths get
+masked columns before the shorter ones, which are left padding like any other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.errors import AdapterError, RouteError
+from inlay.core.method import Method, PrefixMethod, PromptMethod
+from inlay.core.mount import Level
+from inlay.core.towers import Tower, arguments
+
+if TYPE_CHECKING:
+    from inlay.core.container import Call, Inlay
+
+
+class TokenMount(ABC):
+    """What methods on the token sequence attach to one module."""
+
+    def __init__(self, module: nn.Module, inlay: Inlay, path: str) -> None:
+        self.module, self.inlay, self.path = module, inlay, path
+        self.levels: dict[str, list[Level]] = {}
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Attach exactly what the levels need; call after they change."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Leave the module as it was."""
+
+    def methods(self, names: Sequence[str]) -> list[Method]:
+        """The methods of these adapters here, in order."""
+        return [level.method for name in names for level in self.levels.get(name, ())]
+
+
+@dataclass
+class Virtual:
+    """The virtual tokens of a batch, on the right of `width` columns."""
+
+    width: int
+    P: Tensor | None
+    """(batch or 1, width, d)."""
+    length: Tensor | None
+    """How many each row has (batch, 1), where rows differ."""
+    shift: Tensor | int
+    """What prefixes add to the positions of a row's tokens, (batch, 1) where rows differ."""
+
+    def mask(self, like: Tensor) -> Tensor:
+        """(batch, width), 1 = a virtual token, in the type of a mask."""
+        if self.length is None:
+            return like.new_ones(like.shape[0], self.width)
+        column = torch.arange(self.width, device=like.device)
+        return (column >= self.width - self.length.to(like.device)).to(like.dtype)
+
+    def widen(self, mask: Tensor) -> Tensor:
+        """A padding mask (batch, tokens) with the virtual tokens in it."""
+        return arrange(self.mask(mask), mask, mask)
+
+
+def arrange(virtual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """[left padding; virtual; tokens] of every row; (batch, columns) or (batch, columns, d)."""
+    both = torch.cat([virtual, tokens], 1)
+    if mask is None:
+        return both
+    width, pads = virtual.shape[1], left_padding(mask)
+    j = torch.arange(both.shape[1], device=both.device)
+    order = torch.where(j < pads, j + width, torch.where(j < pads + width, j - pads, j))
+    return both.gather(1, order if both.dim() == 2 else order[..., None].expand(-1, -1, both.shape[2]))
+
+
+def left_padding(mask: Tensor) -> Tensor:
+    """How many columns come before each row's first token, (batch, 1)."""
+    return mask.ne(0).int().argmax(1, keepdim=True)
+
+
+class Entry(TokenMount):
+    """A tower's forward."""
+
+    def __init__(self, module: nn.Module, inlay: Inlay, path: str, tower: Tower) -> None:
+        super().__init__(module, inlay, path)
+        self.tower = tower
+        self.names = arguments(module)
+        self.heard = arguments(tower.decoder) if tower.decoder is not None else []
+        self.handles: list[Any] = []
+        self.total = self.cut = 0  # columns of the running forward, and how many of them go
+        self.before: Call | None = None  # what the whole model's forward was called with
+
+    # ------------------------------------------------------------------ attaching
+    def refresh(self) -> None:
+        self.remove()
+        if not self.levels:
+            return
+        # not prepended: the whole model's own hook, which may be on this very module, must see the user's mask first
+        self.handles = [
+            self.module.register_forward_pre_hook(self.enter, with_kwargs=True),
+            self.module.register_forward_hook(self.leave, always_call=True),
+        ]
+        if self.tower.trim is not None:
+            self.handles.append(self.tower.trim.register_forward_hook(self.trim))
+        if self.tower.decoder is not None:
+            self.handles.append(self.tower.decoder.register_forward_pre_hook(self.listen, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    # ------------------------------------------------------------------ what stands before each row
+    def virtual(self, batch: int, device: torch.device) -> Virtual:
+        """The virtual tokens of the running forward."""
+        if self.inlay.routes is None:
+            P, shift = self.of(self.inlay.active)
+            return Virtual(0 if P is None else P.shape[0], None if P is None else P[None], None, shift)
+        groups = [(*self.of([name]), rows) for name, rows in self.inlay.route_groups(batch, self.path)]
+        lengths = [0 if P is None else P.shape[0] for P, _, _ in groups]
+        width = max(lengths, default=0)
+        length, shift = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
+        whole: Tensor | None = None
+        for (P, moved, rows), n in zip(groups, lengths, strict=True):
+            rows = rows.to(device)
+            length[rows], shift[rows] = n, moved
+            if P is not None:
+                P = P.to(device)
+                whole = P.new_zeros(batch, width, P.shape[1]) if whole is None else whole
+                padded = torch.cat([P.new_zeros(width - n, P.shape[1]), P])
+                whole = whole.index_copy(0, rows, padded.expand(len(rows), -1, -1).to(whole.dtype))
+        return Virtual(width, whole, length if width else None, shift if any(moved for _, moved, _ in groups) else 0)
+
+    def of(self, names: Sequence[str]) -> tuple[Tensor | None, int]:
+        """P (p, d) and the shift of these adapters together."""
+        methods = self.methods(names)
+        prompts = [method.prompt() for method in methods if isinstance(method, PromptMethod)]
+        shift = sum(method.tokens for method in methods if isinstance(method, PrefixMethod) and method.shift)
+        return torch.cat(prompts) if prompts else None, shift
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the virtual tokens stay in the output."""
+        names = self.inlay.active if self.inlay.routes is None else [r for r in self.inlay.routes if r is not None]
+        kept = any(isinstance(m, PromptMethod) and m.keep for m in self.methods(list(dict.fromkeys(names))))
+        return kept or self.tower.decoder is not None
+
+    def acts(self) -> bool:
+        names = self.inlay.active if self.inlay.routes is None else self.inlay.routes
+        return any(name in self.levels for name in names)
+
+    # ------------------------------------------------------------------ the forward
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.total = self.cut = 0
+        self.before = None
+        if not self.acts():
+            return None
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        ids, embeds, mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        given = ids if embeds is None else embeds
+        if given is None:
+            return None  # the model's own complaint is the right one
+        batch, n = given.shape[:2]
+        virtual, past = self.virtual(batch, given.device), cached(kwargs)
+        if virtual.width:
+            self.check(kwargs, virtual, n, past)
+        if mask is None and virtual.length is not None:
+            seen = max(0, (past or 0) - virtual.width) + n
+            mask = given.new_ones(batch, seen, dtype=torch.long)
+        positions = self.positions(kwargs, virtual, mask, past)
+        if positions is not None:
+            kwargs["position_ids"] = positions
+        if not virtual.width:
+            return (), kwargs
+        if mask is not None:
+            kwargs["attention_mask"] = virtual.widen(mask)
+        self.tell(virtual, mask, given, past)
+        if not past:
+            self.prepend(kwargs, virtual, mask)
+            self.total, self.cut = virtual.width + n, 0 if self.keeps else virtual.width
+        return (), kwargs
+
+    def prepend(self, kwargs: dict[str, Any], virtual: Virtual, mask: Tensor | None) -> None:
+        """Embeddings and token types with the virtual tokens before them."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            assert self.tower.embedding is not None
+            embeds = self.tower.embedding(kwargs["input_ids"])
+        assert virtual.P is not None
+        P = virtual.P.to(embeds.device, embeds.dtype).expand(embeds.shape[0], -1, -1)
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, arrange(P, embeds, mask)
+        types = kwargs.get("token_type_ids")
+        if types is not None:
+            kwargs["token_type_ids"] = arrange(types.new_zeros(types.shape[0], virtual.width), types, mask)
+
+    def positions(self, kwargs: dict, virtual: Virtual, mask: Tensor | None, past: int | None) -> Tensor | None:
+        """The positions of virtual and user's tokens; None to leave them to the model, which counts from the left."""
+        ids, embeds, positions = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids"))
+        table = self.tower.positions
+        from_ids = table is not None and table.padding_idx is not None and ids is not None  # RoBERTa skips padding
+        moved = isinstance(virtual.shift, Tensor) or virtual.shift != 0
+        if positions is None and not (from_ids or moved or virtual.length is not None):
+            return None
+        if "position_ids" not in self.names:
+            if table is None and not moved:
+                return None  # only relative positions
+            raise RouteError(f"{type(self.module).__name__} takes no position ids: route rows to prompts of one length")
+        seen = max(0, (past or 0) - virtual.width)
+        if positions is None and from_ids:
+            assert table is not None and ids is not None
+            real = ids.ne(table.padding_idx).long()
+            positions = (real.cumsum(1) + seen) * real + table.padding_idx
+        elif positions is None:
+            given = ids if embeds is None else embeds
+            start = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+            positions = torch.arange(seen, seen + given.shape[1], device=given.device)[None] + start
+        if positions.dim() != 2:
+            raise AdapterError(f"virtual tokens need position ids (batch, tokens), got {tuple(positions.shape)}")
+        rows = max(positions.shape[0], *(t.shape[0] for t in (mask, virtual.length) if t is not None), 1)
+        positions = positions.expand(rows, -1) + virtual.shift
+        length = virtual.width if virtual.length is None else virtual.length
+        if past or not virtual.width:
+            return positions + length
+        start = positions[:, :1] if mask is None else positions.gather(1, left_padding(mask))
+        column = torch.arange(virtual.width, device=positions.device) - (virtual.width - length)
+        return arrange((start + column.clamp(min=0)).expand(rows, -1), positions + length, mask)
+
+    def tell(self, virtual: Virtual, mask: Tensor | None, given: Tensor, past: int | None) -> None:
+        """Let methods that select positions see virtual tokens as padding: they count the user's tokens."""
+        call, n = self.inlay.state.call, max(0, (past or 0) - virtual.width) + given.shape[1]
+        real = given.new_ones(given.shape[0], n, dtype=torch.bool) if mask is None else mask.ne(0)
+        hidden = arrange(real.new_zeros(real.shape[0], virtual.width), real, real)
+        self.before, self.inlay.state.call = call, replace(call, mask=hidden)
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self.before is not None:
+            self.inlay.state.call, self.before = self.before, None
+        return None if output is None or not self.cut else trimmed(output, self.total, self.cut)
+
+    def trim(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return trimmed(output, self.total, self.cut) if self.cut else None
+
+    # ------------------------------------------------------------------ the decoder that attends to this tower
+    def listen(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        kwargs = dict(zip(self.heard, args, strict=False)) | kwargs
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if states is None or not self.acts():
+            return None
+        virtual = self.virtual(states.shape[0], states.device)
+        if mask is None and virtual.length is not None:
+            mask = states.new_ones(states.shape[0], states.shape[1] - virtual.width, dtype=torch.long)
+        if mask is None or not virtual.width or mask.shape[-1] == states.shape[1]:
+            return None
+        if mask.dim() != 2 or mask.shape[1] + virtual.width != states.shape[1]:
+            raise AdapterError(
+                f"the encoder gave {states.shape[1]} states for a mask of shape {tuple(mask.shape)} and "
+                f"{virtual.width} virtual tokens: run it with the adapter that is active now"
+            )
+        kwargs["encoder_attention_mask"] = virtual.widen(mask)
+        return (), kwargs
+
+    # ------------------------------------------------------------------ what cannot be right
+    def check(self, kwargs: dict[str, Any], virtual: Virtual, n: int, past: int | None) -> None:
+        """AdapterError where virtual tokens would be misplaced."""
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if cache is not None and cache.is_compileable:
+            raise AdapterError("a static cache has no room for virtual tokens: generate with the default dynamic cache")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise AdapterError("virtual tokens need an attention mask (batch, tokens), 1 = token, or none")
+        if past is None or cache is None:
+            return
+        told = past + n if mask is None else mask.shape[1] + virtual.width
+        if past and (past < virtual.width or past + n != told):
+            raise AdapterError(
+                f"the cache holds {past} tokens, but mask and {virtual.width} virtual tokens make {told - n}: "
+                "it was filled by another adapter or cut; start generation anew"
+            )
+
+
+def cached(kwargs: dict[str, Any]) -> int | None:
+    """Tokens in the cache that a tower was called with; 1 for a state-space cache that holds any."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        return int(cache.get_seq_length())
+    states = kwargs.get("cache_params")
+    return int(states.has_previous_state()) if states is not None else None
+
+
+def trimmed(output: Any, total: int, cut: int) -> Any:
+    """A module's output without its first `cut` columns, wherever it has `total`; of attention maps, the queries'."""
+    if isinstance(output, Tensor):
+        if output.dim() == 3 and output.shape[1] == total:
+            return output[:, cut:]
+        return output[:, :, cut:] if output.dim() == 4 and output.shape[2] == total else output
+    if isinstance(output, dict):
+        return type(output)(**{name: trimmed(value, total, cut) for name, value in output.items()})
+    if type(output) in (tuple, list):
+        return type(output)(trimmed(value, total, cut) for value in output)
+    return output

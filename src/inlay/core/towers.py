@@ -1,0 +1,254 @@
+"""Towers: where a token sequence enters a network, and the attention modules it meets there.
+
+A tower is one stack of blocks with its embedding in front: a whole encoder or decoder, the encoder of a T5, the text
+half of a CLIP. Methods on the token sequence have towers for sites: a prompt goes before a tower's input embeddings, a
+prefix before the keys and values of some of its attentions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
+from inlay.core.errors import CheckpointError, SiteError
+from inlay.core.method import PrefixMethod, PromptMethod, TokenMethod
+from inlay.core.rows import rows_of
+from inlay.core.sites import Site, host_of
+
+if TYPE_CHECKING:
+    from inlay.core.where import Finder, Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class Spot:
+    """One attention module."""
+
+    path: str
+    module: nn.Module
+    name: str
+    """Neutral name: `block[3].attn`, `decoder.block[3].cross`."""
+    depth: int
+    heads: int
+    """Key-value heads."""
+    size: int
+    """Features per head."""
+    width: int
+    """Features that keys are made from."""
+    is_cross: bool
+
+    def within(self, part: Part) -> bool:
+        """Whether a place is this attention or around it."""
+        return part.name == self.name or under(self.path, part.path)
+
+    def around(self, part: Part) -> bool:
+        """Whether a place is inside this attention."""
+        return part.name.startswith(self.name + ".") or under(part.path, self.path)
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """One stack of blocks and its embedding."""
+
+    label: str
+    """Prefix of its neutral names; empty for a lone tower."""
+    root: str
+    module: nn.Module
+    embed: str
+    """Neutral name of its embedding."""
+    embedding: nn.Embedding | None
+    """The table of token ids; None where tokens are no ids, or the forward takes no embeddings in their stead."""
+    positions: nn.Embedding | None
+    """The table of absolute positions, where there is one."""
+    trim: nn.Module | None
+    """The module after which virtual tokens are cut, as pooling follows inside the tower; None: after the tower."""
+    decoder: nn.Module | None
+    """The module that attends to this tower's output, virtual tokens included; they are never cut then."""
+    spots: tuple[Spot, ...]
+
+    def at(self, paths: Iterable[str]) -> list[Spot]:
+        """The attention modules with these paths; CheckpointError if one is not there."""
+        known = {spot.path: spot for spot in self.spots}
+        missing = [path for path in paths if path not in known]
+        if missing:
+            raise CheckpointError(f"the model has no attention at '{missing[0]}' that a prefix can stand before")
+        return [known[path] for path in paths]
+
+    @torch.no_grad()
+    def embedded(self, ids: list[int]) -> Tensor:
+        """The input embeddings (len(ids), d) of some token ids."""
+        assert self.embedding is not None
+        return self.embedding(torch.tensor(ids, device=self.embedding.weight.device))
+
+
+def towers(model: nn.Module, known: Anatomy | None = None) -> list[Tower]:
+    """The towers of a model of known anatomy, that which reads the model's tokens first."""
+    known = known or anatomy(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = [read_tower(modules, known, label) for label in known.n_blocks]
+    entry = known.name_of(known.embed) if known.embed is not None else None
+    return sorted(found, key=lambda tower: tower.embed != entry)
+
+
+def tower_of(model: nn.Module, label: str, root: str) -> Tower:
+    """The tower of that label; CheckpointError if the model has none there."""
+    for tower in towers(model):
+        if (tower.label, tower.root) == (label, root):
+            return tower
+    raise CheckpointError(f"the model has no tower '{label}' at '{root}': wrong base?")
+
+
+def arguments(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's forward, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def under(path: str, root: str) -> bool:
+    """Whether a module path is `root` or below it; everything is below the empty path."""
+    return root == "" or path == root or path.startswith(root + ".")
+
+
+# ---------------------------------------------------------------------- reading the anatomy
+def read_tower(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> Tower:
+    """One tower."""
+    prefix = f"{label}." if label else ""
+    parts = {name.removeprefix(prefix): part for name, part in known.parts.items() if name.startswith(prefix)}
+    spots = tuple(spot for a in known.attention if a.tower == label for spot in read_spot(modules, parts, prefix, a))
+    embed, trim = parts.get("embed"), known.trims.get(label)
+    inside = [embed.path, trim] if embed and trim is not None else [spot.path for spot in spots]
+    root = common(inside)
+    table = modules[embed.path] if embed else None
+    places = modules[parts["embed.position"].path] if "embed.position" in parts else None
+    listening = [a.tower for a in known.attention if a.is_cross and a.tower != label]
+    decoder = None
+    if listening and not any(spot.is_cross for spot in spots):
+        decoder = read_tower(modules, known, listening[0]).module
+    return Tower(
+        label, root, modules[root], f"{prefix}embed",
+        table if isinstance(table, nn.Embedding) and "inputs_embeds" in arguments(modules[root]) else None,
+        places if isinstance(places, nn.Embedding) else None,
+        modules[trim] if trim and "pool" in parts and under(parts["pool"].path, root) else None,
+        decoder, spots,
+    )  # fmt: skip
+
+
+def read_spot(modules: Mapping[str, nn.Module], parts: dict[str, Part], prefix: str, a: Attention) -> Iterator[Spot]:
+    """An attention and the shapes of its keys, if its key projection is known."""
+    name = f"block[{a.depth}].{'cross' if a.is_cross else 'attn'}"
+    part = parts.get(f"{name}.k")
+    module = modules[part.path] if part else None
+    host = host_of(module) if module else None
+    if part is None or module is None or host is None:
+        return
+    if isinstance(module, nn.Linear):  # a quantised one stores another shape
+        d_out, d_in = module.out_features, module.in_features
+    else:
+        weight = module._parameters[part.param]
+        assert weight is not None
+        d_out, d_in = (int(n) for n in host.to_matrix(weight).shape)
+    rows = rows_of(part.rows)
+    size = (d_out if rows is None else rows.count) // a.n_kv_heads
+    yield Spot(a.path, modules[a.path], prefix + name, a.depth, a.n_kv_heads, size, d_in, a.is_cross)
+
+
+def common(paths: list[str]) -> str:
+    """The innermost module path that all of these are at or under."""
+    shared = []
+    for words in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(words)) > 1:
+            break
+        shared.append(words[0])
+    return ".".join(shared)
+
+
+# ---------------------------------------------------------------------- from `where` to sites
+def token_sites(finder: Finder, method: TokenMethod, patterns: Iterable[Pattern], dtype: torch.dtype) -> list[Site]:
+    """One site per tower that the patterns name, that which reads the model's tokens when they name none."""
+    known = towers(finder.model, finder.anatomy)
+    if not known:
+        raise SiteError(
+            f"{method.label()} must know where tokens enter the model, but the architecture of "
+            f"{type(finder.model).__name__} is unknown to inlay"
+        )
+    sites: dict[str, Site] = {}
+    left_out = [part for pattern in finder.exclude for part in finder.parts(pattern)]
+    for pattern in patterns:
+        parts = finder.parts(pattern)
+        if isinstance(method, PromptMethod):
+            found = [prompt_site(method, tower) for tower in entered(method, known, pattern, parts)]
+            found = [site for site in found if site.name not in {part.name for part in left_out}]
+        else:
+            found = [
+                prefix_site(method, tower, spots) for tower in known
+                if (spots := chosen(tower, parts, left_out, finder.layers))
+            ]  # fmt: skip
+        for site in found:
+            site.dtype = dtype
+            if site.key in sites:
+                sites[site.key].parts += [path for path in site.parts if path not in sites[site.key].parts]
+            elif method.acts_at(site):
+                sites[site.key] = site
+    if not sites or (isinstance(method, PromptMethod) and finder.layers is not None):
+        where = f" in layers {list(finder.layers)}" if finder.layers is not None else ""
+        kind = "no input embeddings" if isinstance(method, PromptMethod) else "no attention that takes a prefix"
+        raise SiteError(f"{method.label()} finds {kind} at {list(patterns)}{where}")
+    for site in sites.values():
+        site.peers = list(sites.values())
+    return list(sites.values())
+
+
+def entered(method: PromptMethod, known: list[Tower], pattern: Pattern, parts: list[Part]) -> list[Tower]:
+    """The towers whose embeddings the places are, the first when the place is the model."""
+    if pattern == "":
+        return known[:1]
+    found = [tower for tower in known if any(tower.embed == part.name or tower.root == part.path for part in parts)]
+    if not found:
+        names = " or ".join(f"'{tower.embed}'" for tower in known)
+        raise SiteError(
+            f"{method.label()} goes before the input embeddings ({names}), not to '{pattern}'; "
+            "give the other methods their places with `.on(…)`"
+        )
+    return found
+
+
+def chosen(tower: Tower, parts: list[Part], left_out: list[Part], layers: tuple[int, ...] | None) -> list[Spot]:
+    """The attentions of a tower that the places name."""
+    return [
+        spot for spot in tower.spots
+        if any(spot.within(part) or spot.around(part) for part in parts)
+        and not any(spot.within(part) for part in left_out)
+        and (layers is None or spot.depth in layers)
+    ]  # fmt: skip
+
+
+def prompt_site(method: PromptMethod, tower: Tower) -> Site:
+    if tower.embedding is None:
+        raise SiteError(
+            f"{method.label()} puts vectors before the input embeddings, but {type(tower.module).__name__} takes none: "
+            "its forward has no `inputs_embeds`, or its tokens are no ids"
+        )
+    return Site(
+        tower.root, tower.module, tower.embed, key=keyed(tower, "prompt"), width=tower.embedding.embedding_dim,
+        tower=tower,
+    )  # fmt: skip
+
+
+def prefix_site(method: TokenMethod, tower: Tower, spots: list[Spot]) -> Site:
+    if isinstance(method, PrefixMethod) and method.shift and "position_ids" not in arguments(tower.module):
+        raise SiteError(f"{method.label()}: {type(tower.module).__name__} takes no position ids, so none can be shifted")
+    if len({(spot.heads, spot.size) for spot in spots}) > 1:
+        raise SiteError(f"{method.label()}: the attentions of '{tower.root}' differ in shape; name those of one shape")
+    return Site(
+        tower.root, tower.module, keyed(tower, "attn", tower.label), key=keyed(tower, "prefix"), width=spots[0].width,
+        tower=tower, parts=[spot.path for spot in spots],
+    )  # fmt: skip
+
+
+def keyed(tower: Tower, word: str, before: str | None = None) -> str:
+    before = tower.root if before is None else before
+    return f"{before}.{word}" if before else word
