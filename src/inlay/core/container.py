@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.method import Method
 from inlay.core.mount import Level, Mount, first
+from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.sites import Site
 
 
@@ -20,11 +22,19 @@ from inlay.core.sites import Site
 class Span:
     """Where a site's input enters, when that is another module than the one it leaves."""
 
+    state: State
     value: Tensor | None = None
+    rows: Tensor | None = None
     handle: Any = None
 
     def record(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.value = first(args, kwargs)
+        self.value, self.rows = first(args, kwargs), self.state.rows
+
+    def input(self) -> Tensor:
+        """What entered, for the rows that are being computed now."""
+        assert self.value is not None
+        rows = self.state.rows
+        return self.value if rows is self.rows else self.value[rows]
 
 
 @dataclass
@@ -32,9 +42,11 @@ class Call:
     """What the running forward of the whole model was called with, for methods that select positions."""
 
     mask: Tensor | None = None
-    """Attention mask (batch, tokens), 1 = real token; None when none was given."""
+    """Attention mask (batch, tokens), true = real token; None when none was given."""
     past: int = 0
     """Tokens already in the key-value cache: 0 while a prompt is read, positive while tokens are generated."""
+    prompt: Tensor | None = None
+    """Real tokens of each row that are its prompt (batch,); None when all are."""
 
 
 @dataclass
@@ -44,9 +56,14 @@ class State:
     active: list[str] = field(default_factory=list)
     routes: list[str | None] | None = None
     mounts: dict[str, Mount] = field(default_factory=dict)
-    spans: dict[str, Span] = field(default_factory=dict)
+    spans: dict[tuple[str, str], Span] = field(default_factory=dict)
+    """Where the input of a site enters, by (entry, path)."""
     call: Call = field(default_factory=Call)
     rows: Tensor | None = None
+    prompt: Tensor | None = None
+    """Lengths of the prompts inside `inlay.core.positions.prompts`."""
+    arguments: list[str] = field(default_factory=list)
+    """Names of the model's positional arguments."""
     handles: list[Any] = field(default_factory=list)
     trained: dict[str, bool] = field(default_factory=dict)
     """`requires_grad` of the base's tensors before anything was attached."""
@@ -64,7 +81,7 @@ class Inlay(nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.tensors = nn.Module()  # frozen tensors shared by sites, as non-persistent buffers
-        self.state = State()
+        self.state = State(arguments=list(inspect.signature(model.forward).parameters))
         self.state.handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._end, with_kwargs=True),
@@ -82,16 +99,17 @@ class Inlay(nn.Module):
         return self.state.routes
 
     @property
-    def spans(self) -> dict[str, Span]:
+    def spans(self) -> dict[tuple[str, str], Span]:
         return self.state.spans
 
     @property
     def call(self) -> Call:
         """The running forward's mask and cache length, narrowed to the rows being computed."""
         call, rows = self.state.call, self.state.rows
-        if rows is None or call.mask is None:
+        if rows is None:
             return call
-        return Call(call.mask[rows], call.past)
+        mask, prompt = (t if t is None else t[rows] for t in (call.mask, call.prompt))
+        return Call(mask, call.past, prompt)
 
     @property
     def device(self) -> torch.device:
@@ -123,10 +141,10 @@ class Inlay(nn.Module):
             tied = next((name for p, _, name in site.ties if p == path), None)
             here = site if tied is None else tied_site(site, path, module, tied)
             mount.levels.setdefault(adapter, []).append(Level(method, here))
-        if site.entry is not None and site.entry not in self.spans:
-            span = Span()
+        if site.entry is not None and (site.entry, site.path) not in self.spans:
+            span = Span(self.state)
             span.handle = model.get_submodule(site.entry).register_forward_pre_hook(span.record, with_kwargs=True)
-            self.spans[site.entry] = span
+            self.spans[site.entry, site.path] = span
 
     def mount(self, model: nn.Module, path: str, module: nn.Module) -> Mount:
         """The mount of a module, made on first use."""
@@ -147,9 +165,9 @@ class Inlay(nn.Module):
             mount.levels.pop(adapter, None)
         self.refresh()
         self.state.mounts = {path: m for path, m in self.state.mounts.items() if m.levels}
-        needed = {lv.site.entry for m in self.state.mounts.values() for stack in m.levels.values() for lv in stack}
-        for entry in [e for e in self.spans if e not in needed]:
-            self.spans.pop(entry).handle.remove()
+        needed = {(entry, path) for path, mount in self.state.mounts.items() for entry in mount.entries}
+        for span in [span for span in self.spans if span not in needed]:
+            self.spans.pop(span).handle.remove()
         del self.adapters[adapter]
         self.state.active = [name for name in self.active if name != adapter]
 
@@ -212,10 +230,14 @@ class Inlay(nn.Module):
 
     # ------------------------------------------------------------------ around the whole model's forward
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get("attention_mask")
-        past = kwargs.get("past_key_values")
+        given = dict(zip(self.state.arguments, args, strict=False)) | kwargs
+        mask, past, prompt = real_tokens(given.get("attention_mask")), given.get("past_key_values"), self.state.prompt
         length = past.get_seq_length() if past is not None else 0
-        self.state.call = Call(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, int(length))
+        if prompt is None:
+            prompt = marked_prompts(given.get("input_ids"), given.get("labels"), mask)
+        else:
+            prompt = spread(prompt, len(first(args, kwargs)))
+        self.state.call = Call(mask, int(length), prompt)
         if self.routes is not None:
             for mount in self.state.mounts.values():
                 mount.served = False

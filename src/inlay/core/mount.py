@@ -55,6 +55,7 @@ class Mount:
         self.inside = 0  # how deep the running forward is nested in itself
         self.served = False  # whether a routed forward has come through here
         self.formed: dict[str, Tensor] = {}  # W′ and b′ for the forward that is running to read
+        self.entries: set[str] = set()  # modules where the spans that end here begin
         self.inputs: list[list[Tensor]] = []  # inputs of each level, pushed by `enter` and popped by `leave`
 
     # ------------------------------------------------------------------ attaching
@@ -64,6 +65,7 @@ class Mount:
         levels = [level for stack in self.levels.values() for level in stack]
         if not levels:
             return
+        self.entries = {level.site.entry for level in levels if level.site.entry is not None}
         names = {level.site.param for level in levels if not isinstance(level.method, HiddenMethod)}
         names |= {level.site.bias_name for level in levels if level.method.acts_on_bias}
         names = {name for name in names if self.module._parameters.get(name) is not None}
@@ -113,6 +115,8 @@ class Mount:
             return self.act(module, args, kwargs, output)
         finally:
             self.inside -= 1
+            for entry in self.entries:
+                self.inlay.spans[entry, self.path].value = None  # let go of the activation
 
     def act(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The levels that act on outputs, after the module's own forward."""
@@ -129,16 +133,15 @@ class Mount:
         y = first_output(output)
         for k, level in enumerate(levels):
             if acts_on_output(level):
-                y = apply(level, inputs[k] if inputs is not None else self.input_of(level, args, kwargs), y)
+                x = self.input_of(level, args, kwargs) if inputs is None or level.site.entry else inputs[k]
+                y = apply(level, x, y)
         return replace_first_output(output, y)
 
     def input_of(self, level: Level, args: tuple, kwargs: dict) -> Tensor:
         """The input of a level: that of this module, or of the module where its span begins."""
         if level.site.entry is None:
             return first(args, kwargs)
-        value = self.inlay.spans[level.site.entry].value
-        assert value is not None
-        return value
+        return self.inlay.spans[level.site.entry, self.path].input()
 
     # ------------------------------------------------------------------ closed form
     def form(self, levels: list[Level], args: tuple, kwargs: dict) -> dict[str, Tensor]:
@@ -200,10 +203,10 @@ class Mount:
         for name, rows in self.groups(y.shape[0]):
             levels = self.levels[name]
             if all(acts_on_output(level) and not level.method.acts_before for level in levels) and not shared:
-                part = y[rows]
+                part, inputs = y[rows], [self.input_of(level, args, kwargs)[rows] for level in levels]
                 with self.inlay.narrowed(rows):
-                    for level in levels:
-                        part = apply(level, self.input_of(level, args, kwargs)[rows], part)
+                    for level, x_rows in zip(levels, inputs, strict=True):
+                        part = apply(level, x_rows, part)
             else:
                 part = self.rerun(module, args, kwargs, name, rows, 0 if shared else x.shape[0])
             y = y.index_copy(0, rows, part.to(y.dtype).expand(len(rows), *y.shape[1:]))
