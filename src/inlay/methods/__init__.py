@@ -1,6 +1,14 @@
 """The catalogue: one file per method, one package per site. Importing this package registers all of them."""
 
+from inlay.methods.hidden.direft import DiReFT
+from inlay.methods.hidden.houlsby import Houlsby
+from inlay.methods.hidden.linadapter import LinAdapter
+from inlay.methods.hidden.loreft import LoReFT
+from inlay.methods.hidden.paralleladapter import ParallelAdapter
+from inlay.methods.hidden.pfeiffer import Pfeiffer
 from inlay.methods.output.linearprobe import LinearProbe
+from inlay.methods.tokens.prefixtuning import PrefixTuning
+from inlay.methods.tokens.prompttuning import PromptTuning
 from inlay.methods.weight.bitfit import BitFit
 from inlay.methods.weight.dora import DoRA
 from inlay.methods.weight.full import Full
@@ -9,4 +17,7 @@ from inlay.methods.weight.lora import LoRA
 from inlay.methods.weight.normtuning import NormTuning
 from inlay.methods.weight.vera import VeRA
 
-__all__ = ["IA3", "BitFit", "DoRA", "Full", "LinearProbe", "LoRA", "NormTuning", "VeRA"]
+__all__ = [
+    "IA3", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA", "LoReFT", "NormTuning",
+    "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "VeRA",
+]  # fmt: skip

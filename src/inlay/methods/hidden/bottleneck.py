@@ -1,0 +1,177 @@
+"""What bottleneck adapters share: two small matrices with a non-linearity between, and AdapterDrop."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core.errors import OptionError, SiteError
+from inlay.core.method import HiddenMethod, option, uniform
+from inlay.core.sites import ConvHost, Site
+
+if TYPE_CHECKING:
+    from inlay.core.adapter import Adapter
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "identity"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "leaky_relu": F.leaky_relu,
+    "identity": lambda h: h,
+}
+
+
+class Depth(nn.Module):
+    """How many of the lowest blocks robust AdapterDrop leaves out now: one draw per optimizer step, alike at all sites.
+
+    The draw follows from the number of steps taken, which is part of the state dict: an interrupted run goes on with
+    the draw it stopped at. Before the first step nothing is left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_extra_state(torch.tensor(0))
+
+    def lowest(self, blocks: int) -> int:
+        """n ~ U{0, …, blocks − 1}."""
+        return int(self.share * blocks)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = int(state)
+        self.share = random.Random(self.steps).random() if self.steps else 0.0
+
+
+class Bottleneck(HiddenMethod):
+    """f(h) = s (W_up σ(W_down h + b_down) + b_up), with r ≪ d.
+
+    AdapterDrop (Rücklé et al. 2020, arXiv 2010.11918): `drop=n` leaves out the lowest n blocks, which then need no
+    backward pass. With `robust` every block is built, and each optimizer step draws how many of the lowest are left out
+    in training, so that one adapter serves with any n: `drop` says with which, `leave_out` changes it afterwards. Under
+    `torch.compile` each n is compiled apart.
+    """
+
+    r: int = option(default=64, doc="bottleneck width", low=1)
+    activation: Activation = option(default="relu", doc="non-linearity σ")
+    init: Literal["zero", "near", "bert"] = option(
+        default="zero",
+        doc="W_up zero and W_down as nn.Linear: exactly the base at start; near: both N(0, 0.01²) cut at 2σ; "
+        "bert: both N(0, 0.02²)",
+    )
+    scale: float = option(default=1.0, doc="factor s on what the adapter adds")
+    learned: bool = option(default=False, doc="train s, from `scale`")
+    dropout: float = option(default=0.0, doc="dropout on what the adapter adds", low=0.0, high=1.0)
+    drop: int = option(default=0, doc="AdapterDrop: leave out the lowest blocks, this many", low=0)
+    robust: bool = option(default=False, doc="AdapterDrop: leave out a random number of low blocks in training")
+
+    reads_input: ClassVar[bool] = False
+    """Whether f acts on the module's input x rather than on its output y."""
+    normed: ClassVar[bool] = False
+    """Whether a LayerNorm of its own comes before W_down."""
+
+    @abstractmethod
+    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        """The module's new output from its input x and its output y."""
+
+    # ------------------------------------------------------------------ places and parameters
+    def acts_at(self, site: Site) -> bool:
+        if (self.drop or self.robust) and site.depth is None:
+            raise SiteError(f"{self.label()}: '{site.path}' is in no block, so AdapterDrop cannot count blocks there")
+        return self.robust or not self.drop or (site.depth or 0) >= self.drop
+
+    def build(self, site: Site) -> None:
+        d_in, d_out = self.widths(site)
+        down, up = torch.empty(self.r, d_in), torch.zeros(d_out, self.r)
+        if self.init == "zero":
+            down = uniform((self.r, d_in), d_in**-0.5)
+        elif self.init == "near":
+            for w in (down, up):
+                nn.init.trunc_normal_(w, std=0.01, a=-0.02, b=0.02)
+        else:
+            for w in (down, up):
+                w.normal_(std=0.02)
+        self.down, self.down_bias = trained(down, site), trained(torch.zeros(self.r), site)
+        self.up, self.up_bias = trained(up, site), trained(torch.zeros(d_out), site)
+        self.gain = trained(torch.ones(d_in), site) if self.normed else None
+        self.shift = trained(torch.zeros(d_in), site) if self.normed else None
+        self.s = trained(torch.tensor(self.scale), site) if self.learned else None
+        self.depth = Depth() if self.robust else None
+        self.blocks = 1 + max((peer.depth or 0 for peer in site.peers if tower(peer) == tower(site)), default=0)
+
+    def count(self, site: Site) -> int:
+        d_in, d_out = self.widths(site)
+        return self.r * (d_in + d_out + 1) + d_out + (2 * d_in if self.normed else 0) + self.learned
+
+    def widths(self, site: Site) -> tuple[int, int]:
+        """(features f reads, features f writes); SiteError where the module has no such features."""
+        channels = isinstance(site.host, ConvHost)
+        if not self.reads_input:
+            return site.features, site.features
+        if site.is_embedding or channels:
+            raise SiteError(
+                f"{self.label()} needs vectors at '{site.path}', which reads {'a map' if channels else 'ids'}"
+            )
+        whole = site.host is None or site.entry is not None
+        return (site.features if whole else site.d_in), site.features
+
+    @property
+    def starts_at_base(self) -> bool:
+        return self.init == "zero"
+
+    # ------------------------------------------------------------------ the forward
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.adapted(x, y) if self.keeps() else y
+
+    def f(self, h: Tensor) -> Tensor:
+        """s (W_up σ(W_down h + b_down) + b_up) along the features of h, in the type of h."""
+        channels = isinstance(self.site.host, ConvHost)
+        if channels:
+            h = h.movedim(1, -1)
+        if self.gain is not None and self.shift is not None:
+            h = F.layer_norm(h, self.gain.shape, self.gain.to(h.dtype), self.shift.to(h.dtype))
+        z = ACTIVATIONS[self.activation](F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))
+        out = F.linear(z, self.up.to(h.dtype), self.up_bias.to(h.dtype))
+        if self.s is not None or self.scale != 1.0:
+            out = out * (self.scale if self.s is None else self.s.to(h.dtype))
+        out = F.dropout(out, self.dropout, self.training)
+        return out.movedim(-1, 1) if channels else out
+
+    def keeps(self) -> bool:
+        """Whether this block's adapter acts now (AdapterDrop)."""
+        lowest = self.depth.lowest(self.blocks) if self.depth is not None and self.training else self.drop
+        return (self.site.depth or 0) >= lowest
+
+    def step(self, progress: float) -> None:
+        if self.depth is not None:
+            self.depth.set_extra_state(torch.tensor(self.depth.steps + 1))
+
+
+def leave_out(adapter: Adapter, n: int) -> None:
+    """AdapterDrop at inference: let the bottlenecks in the lowest n blocks of an attached adapter rest; 0 wakes all."""
+    bottlenecks = [level.method for level in adapter.levels if isinstance(level.method, Bottleneck)]
+    if not bottlenecks:
+        raise OptionError(f"adapter '{adapter.name}' has no bottleneck whose block could be left out")
+    for method in bottlenecks:
+        if method.site.depth is None:
+            raise SiteError(f"'{method.site.path}' is in no block, so AdapterDrop cannot count blocks there")
+        method.drop = n
+
+
+def trained(t: Tensor, site: Site) -> nn.Parameter:
+    return nn.Parameter(t.to(site.dtype))
+
+
+def tower(site: Site) -> str:
+    """The tower whose blocks `site.depth` counts: encoder and decoder, vision and text."""
+    return site.name.partition("block[")[0]
