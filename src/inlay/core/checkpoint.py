@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from inlay.core.head import Head
 from inlay.core.method import Method, Placement, method_from
 from inlay.core.rows import Rows
 from inlay.core.sites import Site
+from inlay.core.towers import tower_of
 from inlay.core.where import site_host
 
 FORMAT = "inlay/1"
@@ -112,6 +114,7 @@ def describe_site(site: Site) -> dict[str, Any]:
         "expert": site.expert, "entry": site.entry, "width": site.width,
         "ties": [[path, name] for path, _, name in site.ties],
         "shape": list(p.shape) if (p := site.module._parameters.get(site.param)) is not None else None,
+        "tower": None if site.tower is None else site.tower.label, "parts": site.parts,
     }  # fmt: skip
 
 
@@ -122,16 +125,26 @@ def fingerprint(sites: list[Site]) -> str:
     """
     h = hashlib.sha256()
     for site in sorted(sites, key=lambda s: s.key):
-        p = site.module._parameters.get(site.param)
-        if p is None:
-            continue
-        if p.is_meta or not p.is_floating_point():
-            return ""
-        flat = p.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().to(torch.bfloat16)
-        h.update(canonical([site.path, site.param, list(p.shape)]).encode())
-        h.update(tensor_bytes(sample))
+        for path, name, p in identifying(site):
+            if p.is_meta or not p.is_floating_point():
+                return ""
+            flat = p.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().to(torch.bfloat16)
+            h.update(canonical([path, name, list(p.shape)]).encode())
+            h.update(tensor_bytes(sample))
     return h.hexdigest()
+
+
+def identifying(site: Site) -> Iterator[tuple[str, str, Tensor]]:
+    """(path, name, tensor) of what a site adapts: its tensor, or of a tower the embeddings and attentions."""
+    p = site.module._parameters.get(site.param)
+    if p is not None:
+        yield site.path, site.param, p
+    elif site.tower is not None:
+        if site.tower.embedding is not None:
+            yield site.tower.embed, "weight", site.tower.embedding.weight
+        for spot in site.tower.spots:
+            yield from ((spot.path, name, p) for name, p in spot.module.named_parameters())
 
 
 # ---------------------------------------------------------------------- reading
@@ -273,4 +286,5 @@ def site_from(model: nn.Module, record: dict[str, Any], folder: Path) -> Site:
     return Site(
         path, module, record["name"], record["depth"], host, record["param"], rows, record["expert"],
         record["entry"], record["width"], key=record["key"], ties=ties,
+        tower=None if record["tower"] is None else tower_of(model, record["tower"], path), parts=record["parts"],
     )  # fmt: skip

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.core.attention import PrefixMount
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.method import Method
 from inlay.core.mount import Level, Mount, first
 from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.sites import Site
+from inlay.core.tokens import Entry, TokenMount
 
 
 @dataclass(eq=False)
@@ -56,6 +58,8 @@ class State:
     active: list[str] = field(default_factory=list)
     routes: list[str | None] | None = None
     mounts: dict[str, Mount] = field(default_factory=dict)
+    tokens: dict[str, TokenMount] = field(default_factory=dict)
+    """What methods on the token sequence attach, by module path."""
     spans: dict[tuple[str, str], Span] = field(default_factory=dict)
     """Where the input of a site enters, by (entry, path)."""
     call: Call = field(default_factory=Call)
@@ -136,6 +140,10 @@ class Inlay(nn.Module):
         while slot in own:
             slot += "'"  # a second method of one adapter at the same site
         own[slot] = method
+        if site.tower is not None:
+            for tokens in self.token_mounts(site):
+                tokens.levels.setdefault(adapter, []).append(Level(method, site))
+            return
         for path, module in [(site.path, site.module), *((path, module) for path, module, _ in site.ties)]:
             mount = self.mount(model, path, module)
             tied = next((name for p, _, name in site.ties if p == path), None)
@@ -154,17 +162,33 @@ class Inlay(nn.Module):
             self.state.mounts[path] = Mount(module, self, path, owner)
         return self.state.mounts[path]
 
+    def token_mounts(self, site: Site) -> list[TokenMount]:
+        """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions."""
+        assert site.tower is not None
+        tokens = self.state.tokens
+        found: list[TokenMount] = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
+        for spot in site.tower.at(site.parts):
+            found.append(tokens.get(spot.path) or PrefixMount(spot.module, self, spot.path))
+        tokens.update({mount.path: mount for mount in found})
+        return found
+
+    @property
+    def everything(self) -> list[Mount | TokenMount]:
+        """All that is attached to the model's modules."""
+        return [*self.state.mounts.values(), *self.state.tokens.values()]
+
     def refresh(self) -> None:
         """Make hooks and properties match the levels that are there."""
-        for mount in self.state.mounts.values():
+        for mount in self.everything:
             mount.refresh()
 
     def drop(self, adapter: str) -> None:
         """Forget one adapter."""
-        for mount in self.state.mounts.values():
+        for mount in self.everything:
             mount.levels.pop(adapter, None)
         self.refresh()
         self.state.mounts = {path: m for path, m in self.state.mounts.items() if m.levels}
+        self.state.tokens = {path: m for path, m in self.state.tokens.items() if m.levels}
         needed = {(entry, path) for path, mount in self.state.mounts.items() for entry in mount.entries}
         for span in [span for span in self.spans if span not in needed]:
             self.spans.pop(span).handle.remove()
@@ -180,7 +204,7 @@ class Inlay(nn.Module):
 
     def levels(self, adapter: str) -> list[Level]:
         """Every level of one adapter."""
-        return [level for mount in self.state.mounts.values() for level in mount.levels.get(adapter, ())]
+        return [level for mount in self.everything for level in mount.levels.get(adapter, ())]
 
     # ------------------------------------------------------------------ shared tensors
     def shared_tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:

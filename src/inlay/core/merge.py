@@ -33,7 +33,7 @@ def merge(model: nn.Module, *names: str) -> float:
     if inlay.state.merged:
         raise MergeError("adapters are merged already: unmerge first")
     stacks = {mount: [lv for n in names for lv in mount.levels.get(n, ())] for mount in inlay.state.mounts.values()}
-    refuse([lv for levels in stacks.values() for lv in levels])
+    refuse([lv for n in names for lv in inlay.levels(n)])
     training = model.training
     model.eval()
     try:

@@ -24,6 +24,7 @@ from inlay.core.rows import Rows
 
 if TYPE_CHECKING:
     from inlay.core.adapter import Inlay
+    from inlay.core.towers import Tower
 
 
 class Host(ABC):
@@ -203,6 +204,10 @@ class Site:
     """Other (path, module, name) that hold the very same tensor; only trained copies follow a tie."""
     peers: list[Site] = field(default_factory=list)
     """All sites the same specification is attached to, this one included."""
+    tower: Tower | None = None
+    """The tower of a site on the token sequence, see `inlay.core.towers`."""
+    parts: list[str] = field(default_factory=list)
+    """Paths of the attentions such a site takes in, for a prefix."""
     inlay: Inlay | None = None
     uses: set[str] = field(default_factory=set)
     """Names of the shared tensors that the method here asked for."""

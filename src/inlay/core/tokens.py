@@ -172,6 +172,8 @@ class Entry(TokenMount):
             return None  # the model's own complaint is the right one
         batch, n = given.shape[:2]
         virtual, past = self.virtual(batch, given.device), cached(kwargs)
+        if not virtual.width and isinstance(virtual.shift, int) and virtual.shift == 0:
+            return None
         if virtual.width:
             self.check(kwargs, virtual, n, past)
         if mask is None and virtual.length is not None:
@@ -217,7 +219,8 @@ class Entry(TokenMount):
             raise RouteError(f"{type(self.module).__name__} takes no position ids: route rows to prompts of one length")
         seen = max(0, (past or 0) - virtual.width)
         if positions is None and from_ids:
-            assert table is not None and ids is not None
+            assert table is not None
+            assert ids is not None
             real = ids.ne(table.padding_idx).long()
             positions = (real.cumsum(1) + seen) * real + table.padding_idx
         elif positions is None:

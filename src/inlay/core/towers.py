@@ -240,7 +240,9 @@ def prompt_site(method: PromptMethod, tower: Tower) -> Site:
 
 def prefix_site(method: TokenMethod, tower: Tower, spots: list[Spot]) -> Site:
     if isinstance(method, PrefixMethod) and method.shift and "position_ids" not in arguments(tower.module):
-        raise SiteError(f"{method.label()}: {type(tower.module).__name__} takes no position ids, so none can be shifted")
+        raise SiteError(
+            f"{method.label()}: {type(tower.module).__name__} takes no position ids, so none can be shifted"
+        )
     if len({(spot.heads, spot.size) for spot in spots}) > 1:
         raise SiteError(f"{method.label()}: the attentions of '{tower.root}' differ in shape; name those of one shape")
     return Site(

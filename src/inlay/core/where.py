@@ -12,9 +12,10 @@ from torch import nn
 
 from inlay.core.anatomy import Anatomy, Part, anatomy
 from inlay.core.errors import SiteError, near
-from inlay.core.method import HiddenMethod, Method, ParameterMethod, WeightMethod
+from inlay.core.method import HiddenMethod, Method, ParameterMethod, TokenMethod, WeightMethod
 from inlay.core.rows import Rows, rows_of
 from inlay.core.sites import ConvHost, Host, LinearHost, Site, StoredHost, StoredTransposedHost, host_of
+from inlay.core.towers import token_sites
 
 if TYPE_CHECKING:
     from torch import dtype as Dtype
@@ -103,6 +104,8 @@ class Finder:
     # ------------------------------------------------------------------ parts to sites
     def sites(self, method: Method, patterns: Iterable[Pattern], dtype: Dtype) -> list[Site]:
         """The sites of a method, in model order, each place once."""
+        if isinstance(method, TokenMethod):
+            return token_sites(self, method, tuple(patterns), dtype)
         chosen: dict[str, Site] = {}
         excluded = {(p.path, p.param, p.rows) for e in self.exclude for p in self.parts(e)}
         for pattern in patterns:
