@@ -91,6 +91,10 @@ class Inlay(nn.Module):
             model.register_forward_hook(self._end, with_kwargs=True),
         ]
 
+    def forward(self, x: Any) -> Any:
+        """x itself: an `nn.Sequential` calls all its children."""
+        return x
+
     # ------------------------------------------------------------------ adapters and levels
     @property
     def active(self) -> list[str]:
