@@ -61,6 +61,10 @@ class Finder:
                 if isinstance(host_of(m, self._parent(path)), LinearHost) and not (head and inside(path, head.path)):
                     yield self._part(path)
             return
+        if pattern.startswith("type:"):
+            kinds = pattern.removeprefix("type:").split("|")
+            yield from (self._part(path) for path, m in self.modules.items() if type(m).__name__ in kinds)
+            return
         if pattern.startswith("re:"):
             rule = re.compile(pattern[3:])
             yield from (self._part(p) for p in self.modules if rule.fullmatch(p))
