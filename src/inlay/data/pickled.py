@@ -22,7 +22,7 @@ def plain(content: bytes) -> Any:
     """
     stack: list[Any] = []
     marks: list[list[Any]] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for opcode, argument, position in pickletools.genops(content):
         name = opcode.name
         if name in _VALUES:

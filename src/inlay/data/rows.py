@@ -87,7 +87,7 @@ class ImageRows(Rows):
         self, images: Sequence[bytes | Path] | np.ndarray, labels: list[int], keys: list[Hashable] | None = None
     ) -> None:
         self._images, self._labels = images, labels
-        self._keys = keys if keys is not None else list(range(len(labels)))
+        self._keys: list[Hashable] = keys if keys is not None else [*range(len(labels))]
 
     def __len__(self) -> int:
         return len(self._labels)

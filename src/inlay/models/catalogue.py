@@ -73,7 +73,7 @@ def from_gguf(file: Path) -> Path:
     return _converted(f"gguf-{digest[:16]}", source, lambda folder: gguf(file.resolve(), folder))
 
 
-def _converted(name: str, source: dict[str, str | int], convert: Callable[[Path], None]) -> Path:
+def _converted(name: str, source: dict[str, object], convert: Callable[[Path], None]) -> Path:
     """`models/NAME` in the cache, made by `convert` unless it was made from this very source before."""
     from filelock import FileLock
 

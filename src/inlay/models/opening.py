@@ -161,7 +161,7 @@ def _auto_class(task: str | None, config: Any) -> Any:
     return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
 
 
-def _processor(source: str, model: nn.Module) -> Any:
+def _processor(source: str, model: Any) -> Any:
     """The tokenizer of a text model or the image processor (Pillow's, with or without torchvision) of another."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
