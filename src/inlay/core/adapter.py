@@ -15,6 +15,7 @@ from inlay.core.errors import AdapterError, ComposeError, OptionError, RouteErro
 from inlay.core.head import Head
 from inlay.core.method import Method, ParameterMethod, Placement, WeightMethod, method_from
 from inlay.core.mount import Level
+from inlay.core.properties import hold_statistics, release_statistics
 from inlay.core.sites import Site
 from inlay.core.where import Finder, Pattern, matches
 
@@ -191,6 +192,7 @@ def container(model: nn.Module) -> Inlay:
     inlay.state.trained = {n: p.requires_grad for n, p in model.named_parameters()}
     inlay.train(model.training)
     model.add_module("inlay", inlay)
+    hold_statistics(model)
     return inlay
 
 
@@ -282,6 +284,7 @@ def detach(model: nn.Module) -> None:
     trained = inlay.state.trained
     inlay.close()
     del model._modules["inlay"]
+    release_statistics(model)
     for n, p in model.named_parameters():
         p.requires_grad_(trained.get(n, True))
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.attention import PrefixMount
+from inlay.core.calls import first
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.method import Method
-from inlay.core.mount import Level, Mount, first
+from inlay.core.mount import Level, Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.sites import Site
 from inlay.core.tokens import Entry, TokenMount
@@ -68,6 +69,8 @@ class State:
     """Lengths of the prompts inside `inlay.core.positions.prompts`."""
     arguments: list[str] = field(default_factory=list)
     """Names of the model's positional arguments."""
+    running: bool = False
+    """Whether the whole model's forward has begun and not ended."""
     handles: list[Any] = field(default_factory=list)
     trained: dict[str, bool] = field(default_factory=dict)
     """`requires_grad` of the base's tensors before anything was attached."""
@@ -88,7 +91,7 @@ class Inlay(nn.Module):
         self.state = State(arguments=list(inspect.signature(model.forward).parameters))
         self.state.handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._end, with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
 
     def forward(self, x: Any) -> Any:
@@ -258,6 +261,10 @@ class Inlay(nn.Module):
 
     # ------------------------------------------------------------------ around the whole model's forward
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.state.running:  # the last forward was interrupted (Ctrl-C): no hook ran after it
+            for mount in self.state.mounts.values():
+                mount.frames.clear()
+        self.state.running = True
         given = dict(zip(self.state.arguments, args, strict=False)) | kwargs
         mask, past, prompt = real_tokens(given.get("attention_mask")), given.get("past_key_values"), self.state.prompt
         length = past.get_seq_length() if past is not None else 0
@@ -267,11 +274,13 @@ class Inlay(nn.Module):
             prompt = spread(prompt, len(first(args, kwargs)))
         self.state.call = Call(mask, int(length), prompt)
         if self.routes is not None:
+            self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():
                 mount.served = False
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self.routes is None:
+        self.state.running = False
+        if self.routes is None or output is None:
             return
         wanted = {name for name in self.routes if name is not None}
         for mount in self.state.mounts.values():

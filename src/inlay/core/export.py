@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import attached
+from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
 from inlay.core.merge import TOLERANCE, difference, merge, unmerge
-from inlay.core.mount import first_output
 
 RECORD = "inlay_export.json"
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import activate, attached
+from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
-from inlay.core.mount import Level, Mount, acts_on_output, first_output, has_closed_form
+from inlay.core.mount import Level, Mount, acts_on_output, has_closed_form
 from inlay.core.sites import ConvHost, EmbeddingHost
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -13,17 +13,17 @@ functional calls) is adapted too instead of silently not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.core.calls import first, first_output, replace_first, replace_first_output, some_rows
 from inlay.core.errors import RouteError
 from inlay.core.method import HiddenMethod, Method, ParameterMethod, WeightMethod
 from inlay.core.paths import prefers_effective
+from inlay.core.properties import adapt_tensors, release_tensors
 from inlay.core.sites import Site
 
 if TYPE_CHECKING:
@@ -43,6 +43,20 @@ class Level:
         return self.method.kind == "head"
 
 
+@dataclass(eq=False)
+class Frame:
+    """One running forward of a module."""
+
+    formed: dict[str, Tensor] = field(default_factory=dict)
+    """W′ and b′ for the forward to read, where forming them is the cheaper path."""
+    inputs: list[Tensor] = field(default_factory=list)
+    """Input of each level, where some act on inputs; else empty."""
+    routed: dict[str, list[Tensor]] = field(default_factory=dict)
+    """The same by adapter, for the rows that are routed to it."""
+    read: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+    """Closed forms read so far (with or without gradients): stacks of experts are read once per expert."""
+
+
 class Mount:
     """Everything attached to one module."""
 
@@ -52,11 +66,9 @@ class Mount:
         """The module whose forward applies the tensors: the module itself, or the parent that reads them."""
         self.levels: dict[str, list[Level]] = {}
         self.handles: list[Any] = []
-        self.inside = 0  # how deep the running forward is nested in itself
+        self.frames: list[Frame] = []  # one per forward of the owner that is running
         self.served = False  # whether a routed forward has come through here
-        self.formed: dict[str, Tensor] = {}  # W′ and b′ for the forward that is running to read
         self.entries: set[str] = set()  # modules where the spans that end here begin
-        self.inputs: list[list[Tensor]] = []  # inputs of each level, pushed by `enter` and popped by `leave`
 
     # ------------------------------------------------------------------ attaching
     def refresh(self) -> None:
@@ -70,7 +82,7 @@ class Mount:
         names |= {level.site.bias_name for level in levels if level.method.acts_on_bias}
         names = {name for name in names if self.module._parameters.get(name) is not None}
         if names:
-            install(self.module, self, frozenset(names))
+            adapt_tensors(self.module, self, frozenset(names))
         self.handles.append(self.owner.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
         self.handles.append(self.owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True))
 
@@ -79,7 +91,7 @@ class Mount:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        uninstall(self.module)
+        release_tensors(self.module)
 
     # ------------------------------------------------------------------ which levels act
     def active(self) -> list[Level]:
@@ -94,47 +106,44 @@ class Mount:
 
     # ------------------------------------------------------------------ the forward
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self.inside += 1
+        frame = Frame()
+        self.frames.append(frame)
+        if self.inlay.routes is not None:
+            return self.enter_rows(frame, args, kwargs)
         levels = self.active()
         if not levels:
             return None
-        self.formed = self.form(levels, args, kwargs)
-        if not any(level.method.acts_before for level in levels):
+        frame.formed = self.form(levels, args, kwargs)
+        if frame.formed or not any(level.method.acts_before for level in levels):
             return None
-        x = first(args, kwargs)
-        inputs = [x] * len(levels)
-        for k in reversed(range(len(levels))):
-            inputs[k] = x
-            if levels[k].method.acts_before and not self.formed and acts_on_output(levels[k]):
-                x = levels[k].method.before(x)
-        self.inputs.append(inputs)
+        frame.inputs, x = descend(levels, first(args, kwargs))
         return replace_first(args, kwargs, x)
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if not self.frames:  # an earlier hook raised before `enter` ran
+            return None
+        frame = self.frames[-1]
         try:
-            return self.act(module, args, kwargs, output)
+            if output is None:  # the forward raised
+                return None
+            if self.inlay.routes is not None:
+                return self.leave_rows(frame, module, args, kwargs, output)
+            return self.act(frame, args, kwargs, output)
         finally:
-            self.inside -= 1
+            self.frames.pop()
             for entry in self.entries:
                 self.inlay.spans[entry, self.path].value = None  # let go of the activation
 
-    def act(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def act(self, frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
         """The levels that act on outputs, after the module's own forward."""
-        formed, self.formed = bool(self.formed), {}
-        if output is None:  # the forward raised
-            self.inputs.clear()
-            return None
-        if self.inlay.routes is not None:
-            return self.route(module, args, kwargs, output)
         levels = self.active()
-        inputs = self.inputs.pop() if any(level.method.acts_before for level in levels) else None
-        if formed or not any(acts_on_output(level) for level in levels):
+        if frame.formed or not any(acts_on_output(level) for level in levels):
             return None
         y = first_output(output)
         for k, level in enumerate(levels):
             if acts_on_output(level):
-                x = self.input_of(level, args, kwargs) if inputs is None or level.site.entry else inputs[k]
-                y = apply(level, x, y)
+                below = frame.inputs and level.site.entry is None
+                y = apply(level, frame.inputs[k] if below else self.input_of(level, args, kwargs), y)
         return replace_first_output(output, y)
 
     def input_of(self, level: Level, args: tuple, kwargs: dict) -> Tensor:
@@ -181,49 +190,104 @@ class Mount:
 
     def read(self, name: str) -> Tensor:
         """What the module's attribute `name` gives, see the head of this file."""
-        if name in self.formed:
-            return self.formed[name]
         levels = self.active()
-        if self.inside:  # levels that act on outputs do so in `leave`
-            levels = [level for level in levels if not acts_on_output(level)]
+        if not self.frames:
+            return self.folded(name, levels)
+        frame = self.frames[-1]
+        if name in frame.formed:
+            return frame.formed[name]
+        key = (name, torch.is_grad_enabled())
+        if key not in frame.read:  # levels that act on outputs do so in `leave`
+            frame.read[key] = self.folded(name, [level for level in levels if not acts_on_output(level)])
+        return frame.read[key]
+
+    def folded(self, name: str, levels: list[Level]) -> Tensor:
         t = self.fold(name, levels)
         assert t is not None
         return t
 
     # ------------------------------------------------------------------ rows of one batch to different adapters
-    def route(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def enter_rows(self, frame: Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The inputs of rows whose adapter acts on inputs."""
+        if not any(name in self.levels for name in self.inlay.routes or ()):
+            return None
+        x = self.spread(self.checked(first(args, kwargs)))
+        for name, rows in self.groups(x.shape[0]):
+            levels = self.levels[name]
+            if any(level.method.acts_before for level in levels) and not self.reads_tensors(name):
+                with self.inlay.narrowed(rows):
+                    frame.routed[name], changed = descend(levels, x[rows])
+                x = x.index_copy(0, rows, changed)
+        return replace_first(args, kwargs, x) if frame.routed else None
+
+    def leave_rows(self, frame: Frame, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The base's output with the rows of every routed adapter replaced by what that adapter gives."""
         self.served = True
-        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            raise RouteError(f"'{self.path}' has its batch on the second axis: use batch_first=True to route rows")
-        x, y = first(args, kwargs), first_output(output)
-        shared = y.shape[0] == 1  # one row for the whole batch (position embeddings): it must become several
-        if shared:
-            y = y.expand(len(self.inlay.routes or ()), *y.shape[1:])
+        whole = first_output(output)
+        y = self.spread(whole)
         for name, rows in self.groups(y.shape[0]):
-            levels = self.levels[name]
-            if all(acts_on_output(level) and not level.method.acts_before for level in levels) and not shared:
-                part, inputs = y[rows], [self.input_of(level, args, kwargs)[rows] for level in levels]
-                with self.inlay.narrowed(rows):
-                    for level, x_rows in zip(levels, inputs, strict=True):
-                        part = apply(level, x_rows, part)
+            if self.reads_tensors(name):
+                part = self.rerun(module, args, kwargs, name, rows, whole.shape[0])
             else:
-                part = self.rerun(module, args, kwargs, name, rows, 0 if shared else x.shape[0])
+                part = y[rows]
+                inputs = frame.routed.get(name) or [
+                    self.spread(self.input_of(level, args, kwargs))[rows] for level in self.levels[name]
+                ]
+                with self.inlay.narrowed(rows):
+                    for level, x in zip(self.levels[name], inputs, strict=True):
+                        part = apply(level, x, part)
             y = y.index_copy(0, rows, part.to(y.dtype).expand(len(rows), *y.shape[1:]))
         return replace_first_output(output, y)
 
+    def spread(self, t: Tensor) -> Tensor:
+        """One row that serves the whole batch (position embeddings) as one row each."""
+        n = len(self.inlay.routes or ())
+        return t.expand(n, *t.shape[1:]) if t.shape[0] == 1 and n > 1 else t
+
+    def reads_tensors(self, name: str) -> bool:
+        """Whether an adapter acts here through tensors that the module reads, so that it must run for its rows."""
+        return not all(acts_on_output(level) for level in self.levels[name])
+
+    def checked(self, x: Tensor) -> Tensor:
+        """x, or RouteError where the batch is not its first axis."""
+        if isinstance(self.owner, nn.MultiheadAttention) and not self.owner.batch_first:
+            raise RouteError(f"'{self.path}' has its batch on the second axis: use batch_first=True to route rows")
+        if x.is_nested:
+            raise RouteError(
+                f"'{self.path}' is given a nested tensor, whose rows cannot be routed: "
+                "build nn.TransformerEncoder with enable_nested_tensor=False"
+            )
+        return x
+
     def rerun(self, module: nn.Module, args: tuple, kwargs: dict, name: str, rows: Tensor, batch: int) -> Tensor:
         """The module on some rows (those of arguments with `batch` rows) as if `name` were the only adapter."""
-
-        def pick(t: Any) -> Any:
-            return t[rows] if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t
-
-        args, kwargs = tuple(pick(a) for a in args), {k: pick(v) for k, v in kwargs.items()}
-        with self.inlay.only(name), self.inlay.narrowed(rows):
-            args, kwargs = self.enter(module, args, kwargs) or (args, kwargs)
-            output = type(module).forward(module, *args, **kwargs)
-            changed = self.leave(module, args, kwargs, output)
+        if any(kwargs.get(cache) is not None for cache in CACHES):
+            raise RouteError(f"'{self.path}' would write its cache twice: rows cannot be routed there with a cache")
+        if batch > 1 or len(self.inlay.routes or ()) == 1:
+            args, kwargs = some_rows(args, rows, batch), some_rows(kwargs, rows, batch)
+        depth = len(self.frames)
+        try:
+            with self.inlay.only(name), self.inlay.narrowed(rows):
+                args, kwargs = self.enter(module, args, kwargs) or (args, kwargs)
+                output = type(module).forward(module, *args, **kwargs)
+                changed = self.leave(module, args, kwargs, output)
+        finally:
+            del self.frames[depth:]
         return first_output(output if changed is None else changed)
+
+
+CACHES = ("past_key_values", "past_key_value", "cache_params", "layer_past")
+"""Names under which transformers hands a cache to a module."""
+
+
+def descend(levels: list[Level], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The input of each level, and that of the module below them all."""
+    inputs = [x] * len(levels)
+    for k in reversed(range(len(levels))):
+        inputs[k] = x
+        if levels[k].method.acts_before and acts_on_output(levels[k]):
+            x = levels[k].method.before(x)
+    return inputs, x
 
 
 def fold_experts(t: Tensor, levels: list[Level]) -> Tensor:
@@ -255,70 +319,3 @@ def apply(level: Level, x: Tensor, y: Tensor) -> Tensor:
     if rows is None:
         return level.method.after(x, y)
     return rows.put(y, level.method.after(x, rows.take(y, -1)), -1)
-
-
-# ---------------------------------------------------------------------- inputs and outputs of any module
-def first(args: tuple, kwargs: dict) -> Tensor:
-    """The first tensor argument of a call."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise TypeError("inlay found no tensor among a module's arguments")
-
-
-def replace_first(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
-    """The same call with its first tensor argument replaced."""
-    for i, value in enumerate(args):
-        if isinstance(value, Tensor):
-            return (*args[:i], x, *args[i + 1 :]), kwargs
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return args, {**kwargs, name: x}
-    raise TypeError("inlay found no tensor among a module's arguments")
-
-
-def first_output(output: Any) -> Tensor:
-    """The main tensor of a module's output (tensor, tuple, or a mapping such as transformers' ModelOutput)."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0]
-
-
-def replace_first_output(output: Any, y: Tensor) -> Any:
-    """The same output with its main tensor replaced."""
-    if isinstance(output, Tensor):
-        return y
-    if isinstance(output, dict):
-        name = next(iter(output))
-        return type(output)(**{**output, name: y})
-    return type(output)((y, *output[1:]))
-
-
-# ---------------------------------------------------------------------- tensors as properties while mounted
-def install(module: nn.Module, mount: Mount, names: frozenset[str]) -> None:
-    """Let the attributes `names` of this one module be read through its mount."""
-    module.__dict__["_inlay_mount"] = mount
-    module.__class__ = _mounted_class(type(module), names)
-
-
-def uninstall(module: nn.Module) -> None:
-    """Undo `install`."""
-    if module.__dict__.pop("_inlay_mount", None) is not None:
-        module.__class__ = type(module).__bases__[0]
-
-
-@cache
-def _mounted_class(cls: Any, names: frozenset[str]) -> type[nn.Module]:
-    """A subclass that differs in those properties only: same name, same forward, same `isinstance` answers."""
-    body = {name: property(_reader(name)) for name in sorted(names)}
-    return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
-def _reader(name: str) -> Callable[[nn.Module], Tensor]:
-    def read(module: nn.Module) -> Tensor:
-        try:
-            return module.__dict__["_inlay_mount"].read(name)
-        except AttributeError as error:  # nn.Module.__getattr__ would hide it and give the plain base tensor
-            raise RuntimeError(f"inlay could not adapt '{name}': {error}") from error
-
-    return read
