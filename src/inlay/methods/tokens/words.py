@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from inlay.core.errors import OptionError
 
 
 def word_ids(init: str, text_ids: list[int], tokens: int, vocabulary: int) -> list[int]:
-    """`tokens` ids: those of a text, repeated or cut, or drawn from the whole vocabulary by the ambient generator."""
-    if init == "vocabulary":
-        return torch.randint(vocabulary, (tokens,)).tolist()
+    """`tokens` ids: those of a text, repeated or cut, or drawn from the whole vocabulary with torch's seed."""
+    if init == "vocabulary":  # not by torch, whose numbers cannot be read while a plan runs on shapes alone
+        return random.Random(torch.initial_seed()).choices(range(vocabulary), k=tokens)
     if not 0 <= min(text_ids) <= max(text_ids) < vocabulary:
         raise OptionError(f"text_ids run from {min(text_ids)} to {max(text_ids)}, the vocabulary has {vocabulary}")
     return (text_ids * -(-tokens // len(text_ids)))[:tokens]
