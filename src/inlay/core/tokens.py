@@ -4,16 +4,14 @@
 positions grow to match; while a cache holds the virtual tokens already, only masks and positions do. Coming out, the
 virtual tokens are cut off again, before any pooling, so logits and labels keep the user's length.
 
-In each row the order is [left padding; P; tokens]: P stands where it would stand without padding, so a padded row
-equals the unpadded one, relative positions included. Rows that `inlay.route` sends to prompts of different lengths get
-masked columns before the shorter ones, which are left padding like any other.
+How rows are laid out is in `inlay.core.virtual`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +21,7 @@ from inlay.core.errors import AdapterError, RouteError
 from inlay.core.method import Method, PrefixMethod, PromptMethod
 from inlay.core.mount import Level
 from inlay.core.towers import Tower, arguments
+from inlay.core.virtual import Virtual, arrange, left_padding, trimmed
 
 if TYPE_CHECKING:
     from inlay.core.container import Call, Inlay
@@ -46,46 +45,6 @@ class TokenMount(ABC):
     def methods(self, names: Sequence[str]) -> list[Method]:
         """The methods of these adapters here, in order."""
         return [level.method for name in names for level in self.levels.get(name, ())]
-
-
-@dataclass
-class Virtual:
-    """The virtual tokens of a batch, on the right of `width` columns."""
-
-    width: int
-    P: Tensor | None
-    """(batch or 1, width, d)."""
-    length: Tensor | None
-    """How many each row has (batch, 1), where rows differ."""
-    shift: Tensor | int
-    """What prefixes add to the positions of a row's tokens, (batch, 1) where rows differ."""
-
-    def mask(self, like: Tensor) -> Tensor:
-        """(batch, width), 1 = a virtual token, in the type of a mask."""
-        if self.length is None:
-            return like.new_ones(like.shape[0], self.width)
-        column = torch.arange(self.width, device=like.device)
-        return (column >= self.width - self.length.to(like.device)).to(like.dtype)
-
-    def widen(self, mask: Tensor) -> Tensor:
-        """A padding mask (batch, tokens) with the virtual tokens in it."""
-        return arrange(self.mask(mask), mask, mask)
-
-
-def arrange(virtual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """[left padding; virtual; tokens] of every row; (batch, columns) or (batch, columns, d)."""
-    both = torch.cat([virtual, tokens], 1)
-    if mask is None:
-        return both
-    width, pads = virtual.shape[1], left_padding(mask)
-    j = torch.arange(both.shape[1], device=both.device)
-    order = torch.where(j < pads, j + width, torch.where(j < pads + width, j - pads, j))
-    return both.gather(1, order if both.dim() == 2 else order[..., None].expand(-1, -1, both.shape[2]))
-
-
-def left_padding(mask: Tensor) -> Tensor:
-    """How many columns come before each row's first token, (batch, 1)."""
-    return mask.ne(0).int().argmax(1, keepdim=True)
 
 
 class Entry(TokenMount):
@@ -126,20 +85,21 @@ class Entry(TokenMount):
         if self.inlay.routes is None:
             P, shift = self.of(self.inlay.active)
             return Virtual(0 if P is None else P.shape[0], None if P is None else P[None], None, shift)
-        groups = [(*self.of([name]), rows) for name, rows in self.inlay.route_groups(batch, self.path)]
+        groups = [(*self.of([name]), rows.to(device)) for name, rows in self.inlay.route_groups(batch, self.path)]
         lengths = [0 if P is None else P.shape[0] for P, _, _ in groups]
         width = max(lengths, default=0)
-        length, shift = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
+        length, shifts = (torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))
         whole: Tensor | None = None
         for (P, moved, rows), n in zip(groups, lengths, strict=True):
-            rows = rows.to(device)
-            length[rows], shift[rows] = n, moved
+            length[rows], shifts[rows] = n, moved
             if P is not None:
                 P = P.to(device)
                 whole = P.new_zeros(batch, width, P.shape[1]) if whole is None else whole
                 padded = torch.cat([P.new_zeros(width - n, P.shape[1]), P])
                 whole = whole.index_copy(0, rows, padded.expand(len(rows), -1, -1).to(whole.dtype))
-        return Virtual(width, whole, length if width else None, shift if any(moved for _, moved, _ in groups) else 0)
+        even = sum(len(rows) for (_, _, rows), n in zip(groups, lengths, strict=True) if n == width) == batch
+        shifted = any(moved for _, moved, _ in groups)
+        return Virtual(width, whole, None if even or not width else length, shifts if shifted else 0)
 
     def of(self, names: Sequence[str]) -> tuple[Tensor | None, int]:
         """P (p, d) and the shift of these adapters together."""
@@ -148,12 +108,14 @@ class Entry(TokenMount):
         shift = sum(method.tokens for method in methods if isinstance(method, PrefixMethod) and method.shift)
         return torch.cat(prompts) if prompts else None, shift
 
-    @property
-    def keeps(self) -> bool:
-        """Whether the virtual tokens stay in the output."""
+    def kept(self, virtual: Virtual) -> bool:
+        """Whether the virtual tokens stay in the output; RouteError where they would for some rows only."""
         names = self.inlay.active if self.inlay.routes is None else [r for r in self.inlay.routes if r is not None]
-        kept = any(isinstance(m, PromptMethod) and m.keep for m in self.methods(list(dict.fromkeys(names))))
-        return kept or self.tower.decoder is not None
+        prompts = [m for m in self.methods(list(dict.fromkeys(names))) if isinstance(m, PromptMethod)]
+        keep = {method.keep for method in prompts}
+        if self.tower.decoder is None and True in keep and (False in keep or virtual.length is not None):
+            raise RouteError("prompts that stay in the output (keep=True) cannot stand beside others or none: use one")
+        return True in keep or self.tower.decoder is not None
 
     def acts(self) -> bool:
         names = self.inlay.active if self.inlay.routes is None else self.inlay.routes
@@ -189,7 +151,7 @@ class Entry(TokenMount):
         self.tell(virtual, mask, given, past)
         if not past:
             self.prepend(kwargs, virtual, mask)
-            self.total, self.cut = virtual.width + n, 0 if self.keeps else virtual.width
+            self.total, self.cut = virtual.width + n, 0 if self.kept(virtual) else virtual.width
         return (), kwargs
 
     def prepend(self, kwargs: dict[str, Any], virtual: Virtual, mask: Tensor | None) -> None:
@@ -216,7 +178,10 @@ class Entry(TokenMount):
         if "position_ids" not in self.names:
             if table is None and not moved:
                 return None  # only relative positions
-            raise RouteError(f"{type(self.module).__name__} takes no position ids: route rows to prompts of one length")
+            raise RouteError(
+                f"{type(self.module).__name__} counts positions from the left edge and takes none: "
+                "rows can only be routed to prompts of one length there"
+            )
         seen = max(0, (past or 0) - virtual.width)
         if positions is None and from_ids:
             assert table is not None
@@ -225,6 +190,7 @@ class Entry(TokenMount):
             positions = (real.cumsum(1) + seen) * real + table.padding_idx
         elif positions is None:
             given = ids if embeds is None else embeds
+            assert given is not None
             start = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
             positions = torch.arange(seen, seen + given.shape[1], device=given.device)[None] + start
         if positions.dim() != 2:
@@ -234,9 +200,9 @@ class Entry(TokenMount):
         length = virtual.width if virtual.length is None else virtual.length
         if past or not virtual.width:
             return positions + length
-        start = positions[:, :1] if mask is None else positions.gather(1, left_padding(mask))
+        begin = positions[:, :1] if mask is None else positions.gather(1, left_padding(mask))
         column = torch.arange(virtual.width, device=positions.device) - (virtual.width - length)
-        return arrange((start + column.clamp(min=0)).expand(rows, -1), positions + length, mask)
+        return arrange((begin + column.clamp(min=0)).expand(rows, -1), positions + length, mask)
 
     def tell(self, virtual: Virtual, mask: Tensor | None, given: Tensor, past: int | None) -> None:
         """Let methods that select positions see virtual tokens as padding: they count the user's tokens."""
@@ -297,16 +263,3 @@ def cached(kwargs: dict[str, Any]) -> int | None:
         return int(cache.get_seq_length())
     states = kwargs.get("cache_params")
     return int(states.has_previous_state()) if states is not None else None
-
-
-def trimmed(output: Any, total: int, cut: int) -> Any:
-    """A module's output without its first `cut` columns, wherever it has `total`; of attention maps, the queries'."""
-    if isinstance(output, Tensor):
-        if output.dim() == 3 and output.shape[1] == total:
-            return output[:, cut:]
-        return output[:, :, cut:] if output.dim() == 4 and output.shape[2] == total else output
-    if isinstance(output, dict):
-        return type(output)(**{name: trimmed(value, total, cut) for name, value in output.items()})
-    if type(output) in (tuple, list):
-        return type(output)(trimmed(value, total, cut) for value in output)
-    return output

@@ -195,8 +195,11 @@ def token_sites(finder: Finder, method: TokenMethod, patterns: Iterable[Pattern]
                 sites[site.key] = site
     if not sites or (isinstance(method, PromptMethod) and finder.layers is not None):
         where = f" in layers {list(finder.layers)}" if finder.layers is not None else ""
-        kind = "no input embeddings" if isinstance(method, PromptMethod) else "no attention that takes a prefix"
-        raise SiteError(f"{method.label()} finds {kind} at {list(patterns)}{where}")
+        raise SiteError(
+            f"{method.label()} finds no input embeddings at {list(patterns)}{where}" if isinstance(method, PromptMethod)
+            else f"{method.label()} finds no attention at {list(patterns)}{where} that goes through transformers' "
+            "attention interface, where a prefix can be put before its keys"
+        )  # fmt: skip
     for site in sites.values():
         site.peers = list(sites.values())
     return list(sites.values())
@@ -232,6 +235,9 @@ def prompt_site(method: PromptMethod, tower: Tower) -> Site:
             f"{method.label()} puts vectors before the input embeddings, but {type(tower.module).__name__} takes none: "
             "its forward has no `inputs_embeds`, or its tokens are no ids"
         )
+    # heads on causal models find a row's last token by the user's ids
+    if method.keep and any(getattr(spot.module, "is_causal", False) for spot in tower.spots):
+        raise SiteError(f"{method.label()}: keep is for encoders that pool; {type(tower.module).__name__} is causal")
     return Site(
         tower.root, tower.module, tower.embed, key=keyed(tower, "prompt"), width=tower.embedding.embedding_dim,
         tower=tower,

@@ -114,6 +114,8 @@ class PrefixTuning(PrefixMethod):
             return self.P_k[i], self.P_v[i]
         heads, size = self.shape
         inner, outer = self.mlp
+        assert isinstance(inner, nn.Linear)
+        assert isinstance(outer, nn.Linear)
         rows = slice(2 * i * heads * size, 2 * (i + 1) * heads * size)  # this attention's part of the MLP alone
         P = F.linear(torch.tanh(inner(self.E)), outer.weight[rows], outer.bias[rows])
         P_k, P_v = P.view(self.tokens, 2, heads, size).permute(1, 2, 0, 3)
