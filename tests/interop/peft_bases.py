@@ -62,6 +62,13 @@ def llama(tied: bool = False, **more: object) -> Callable[[], nn.Module]:
     return lambda: transformers.LlamaForCausalLM(config)
 
 
+def llama_classifier() -> nn.Module:
+    config = transformers.LlamaConfig(
+        **SMALL, intermediate_size=24, num_key_value_heads=1, num_labels=3, pad_token_id=0
+    )
+    return transformers.LlamaForSequenceClassification(config)
+
+
 def gemma() -> nn.Module:
     config = transformers.GemmaConfig(**SMALL, intermediate_size=24, num_key_value_heads=1, head_dim=8)
     return transformers.GemmaForCausalLM(config)
@@ -133,6 +140,7 @@ BASES = {
     "llama": Base(llama(), IDS),
     "llama-tied": Base(llama(tied=True), IDS),
     "llama-biased": Base(llama(attention_bias=True), IDS),
+    "llama-classifier": Base(llama_classifier, IDS),
     "gemma": Base(gemma, IDS),
     "gpt2": Base(gpt2, IDS),
     "mixtral": Base(mixtral, IDS),

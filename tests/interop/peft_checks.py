@@ -59,7 +59,7 @@ def peft_output(base: Base, folder: Path) -> Tensor:
         prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) or "\0"
         missing = [k for k in result.missing_keys if prefix in k or "modules_to_save" in k]
         assert not missing
-        assert not result.unexpected_keys
+        assert set(result.unexpected_keys) <= {"prompt_embeddings"}  # PEFT loads it past load_state_dict
         saved = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         assert set(saved) <= set(weights) | {k for k in saved if ".original_module." in k or ".modules_to_save." in k}
         for name in set(saved) & set(weights):

@@ -8,9 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft.tuners.vera.model import _kaiming_init
 from peft_bases import BASES
 from peft_checks import both_ways, close, from_inlay, peft_folder, peft_output, quiet
-from peft.tuners.vera.model import _kaiming_init
 from safetensors.torch import load_file, save_file
 
 import inlay

@@ -13,6 +13,18 @@ from inlay.core.where import inside
 
 HEADS = ("score", "classifier")
 """Names PEFT takes for the head of a sequence classifier."""
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
+}  # fmt: skip
+"""PEFT's task types by the ending of the model's class."""
+TASK_HEADS = {"SEQ_CLS": HEADS, "TOKEN_CLS": HEADS, "QUESTION_ANS": ("qa_outputs",)}
+"""Modules that PEFT trains and saves with a task whether asked to or not."""
+
+
+def task_of(model: nn.Module) -> str | None:
+    """PEFT's task type for a model of transformers."""
+    return next((task for ending, task in TASKS.items() if type(model).__name__.endswith(ending)), None)
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

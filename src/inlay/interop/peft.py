@@ -26,13 +26,16 @@ from inlay.interop.fields import check
 from inlay.interop.folder import CONFIG, open_folder, save_folder
 from inlay.interop.ia3 import IA3Family
 from inlay.interop.lora import LoraFamily
+from inlay.interop.matching import TASK_HEADS, task_of
 from inlay.interop.norms import NormFamily
+from inlay.interop.prompts import KEY, PrefixFamily, PromptFamily
 from inlay.interop.vera import VeraFamily
 from inlay.methods.weight.bitfit import BitFit
 from inlay.methods.weight.full import Full
 
 FAMILIES: dict[str, Family] = {
-    family.peft_type: family for family in (LoraFamily(), VeraFamily(), IA3Family(), NormFamily())
+    family.peft_type: family
+    for family in (LoraFamily(), VeraFamily(), IA3Family(), NormFamily(), PromptFamily(), PrefixFamily())
 }
 """The PEFT methods that are read and written, by `peft_type`."""
 
@@ -175,12 +178,11 @@ def write(adapter: Adapter, folder: str | Path) -> Path:
     if "bias" in known:
         writing.config["bias"] = bias
     config = describe(writing, family) | writing.config
-    tensors = {(key if key in BARE else family.prefix + key): t for key, t in writing.tensors.items()}
-    save_folder(folder, config, {BARE.get(key, key): t for key, t in tensors.items()})
+    save_folder(folder, config, {BARE.get(key, family.prefix + key): t for key, t in writing.tensors.items()})
     return folder
 
 
-BARE = {"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B"}
+BARE = {"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B", KEY: KEY}
 """Tensors that belong to no module of the base."""
 
 
@@ -198,21 +200,13 @@ def family_for(method: Sequence[Level], levels: Sequence[Level]) -> Family:
     return FAMILIES[found.pop()]
 
 
-TASKS = {
-    "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
-}  # fmt: skip
-"""PEFT's task types by the ending of the model's class."""
-
-
 def describe(writing: Writing, family: Family) -> dict[str, Any]:
     """The fields that all PEFT configurations have."""
     model = writing.model
-    kind = type(model).__name__
-    task = next((task for ending, task in TASKS.items() if kind.endswith(ending)), None)
-    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not writing.saved:
+    task = task_of(model)
+    if task in TASK_HEADS and not writing.saved:
         task = None  # PEFT would expect a trained head
-    origin = {"base_model_class": kind, "parent_library": type(model).__module__}
+    origin = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {
         "peft_type": family.peft_type,
         "peft_version": WRITTEN_FOR,

@@ -58,11 +58,7 @@ def trained_sites(model: nn.Module, path: str, method: ParameterMethod, dtype: t
 def write_modules(writing: Writing, levels: Sequence[Level]) -> None:
     """Head and Full as `modules_to_save`; PEFT trains whole modules, so every tensor of one must be here."""
     trained = {level.site.key: level for level in levels}
-    for level in levels:
-        if level.site.ties:
-            raise cannot(
-                f"'{level.site.key}' is tied to '{level.site.ties[0][0]}', and PEFT's copies of modules are not tied"
-            )
+    trained |= {f"{path}.{name}": level for level in levels for path, _, name in level.site.ties}
     paths = whole_modules(writing.model, set(trained))
     left = set(trained) - {k for path in paths for k in keys_in(writing.model, path)}
     if left:
@@ -79,7 +75,8 @@ def stored(level: Level) -> Tensor:
 
 
 def keys_in(model: nn.Module, path: str) -> list[str]:
-    return [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters()]
+    module = model.get_submodule(path)
+    return [f"{path}.{name}" for name, _ in module.named_parameters(remove_duplicate=False)]
 
 
 def whole_modules(model: nn.Module, trained: set[str]) -> list[str]:
