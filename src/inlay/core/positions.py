@@ -36,7 +36,7 @@ class Positions:
         """From text; OptionError says what is understood."""
         if text == "all":
             return cls(everything=True)
-        found = re.fullmatch(r"(?:f(\d+))?(?:(?<=\d)\+(?=l))?(?:l(\d+))?", text)
+        found = re.fullmatch(r"(?=[fl])(?:f(\d+))?(?:(?:^|\+)l(\d+))?", text)
         first, last = (int(n or 0) for n in found.groups()) if found else (0, 0)
         if first + last == 0:
             raise OptionError(f"positions '{text}' are not understood: write 'f7+l7', 'f1', 'l3' or 'all'")
@@ -62,13 +62,12 @@ def tokens(call: Call, batch: int, length: int, device: torch.device) -> tuple[T
     if call.mask is None:
         seen = torch.arange(1, length + 1, device=device).expand(batch, -1).contiguous()
     else:
-        mask = call.mask[:, :length]
-        if mask.shape != (batch, length):
+        if call.mask.shape != (batch, length):
             raise SiteError(
                 f"the attention mask is {tuple(call.mask.shape)} where the tokens are ({batch}, {length}): "
                 "the prompt cannot be found; use positions='all'"
             )
-        seen = mask.to(device, torch.int64).cumsum(1)
+        seen = call.mask.to(device, torch.int64).cumsum(1)
     whole = seen[:, -1:]
     return seen, whole if call.prompt is None else torch.minimum(call.prompt.to(device)[:, None], whole)
 
@@ -77,7 +76,7 @@ def real_tokens(mask: Any) -> Tensor | None:
     """A model's attention mask as (batch, tokens), true = real; None where it has none.
 
     Static caches are given four-dimensional masks (batch, 1, queries, keys), boolean or additive, or one per kind of
-    layer: the last query sees every real token.
+    layer: the last query sees every real token, and there are more keys than queries while the cache has room.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
@@ -85,7 +84,8 @@ def real_tokens(mask: Any) -> Tensor | None:
         return None
     if mask.dim() == 2:
         return mask != 0
-    return mask[:, 0, -1] if mask.dtype is torch.bool else mask[:, 0, -1] == 0
+    seen = mask[:, 0, -1, : mask.shape[2]]
+    return seen if seen.dtype is torch.bool else seen == 0
 
 
 def marked_prompts(ids: Any, labels: Any, mask: Tensor | None) -> Tensor | None:
@@ -96,7 +96,9 @@ def marked_prompts(ids: Any, labels: Any, mask: Tensor | None) -> Tensor | None:
     """
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape or ids.dim() != 2:
         return None
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, : ids.shape[1]]
+    if mask is not None and mask.shape != ids.shape:
+        return None
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     answer = (labels != IGNORED) & real
     seen = real.cumsum(1)
     whole = seen[:, -1]
