@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
@@ -56,7 +57,7 @@ class Option:
 
 def options(cls: type) -> dict[str, Option]:
     """The options of a dataclass, in order of declaration."""
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     found = {}
     for field in dataclasses.fields(cls):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
@@ -65,6 +66,12 @@ def options(cls: type) -> dict[str, Option]:
             field.name, hints[field.name], default, meta.get("doc", ""), meta.get("low"), meta.get("high")
         )
     return found
+
+
+@cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """The annotations of a class, evaluated once: every built copy of a method asks for its options several times."""
+    return get_type_hints(cls)
 
 
 def check_known(owner: str, given: dict[str, Any], known: dict[str, Option]) -> None:
