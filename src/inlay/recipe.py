@@ -1,6 +1,7 @@
 """Recipes: what to train or compare, as typed fields that are the only schema of YAML files and command-line flags."""
 
-from __future__ import annotations  # ruff: noqa: RUF009  (`option` returns a dataclass field)
+# ruff: noqa: RUF009  (`option` returns a dataclass field)
+from __future__ import annotations
 
 import dataclasses
 import re
@@ -40,6 +41,7 @@ class Settings:
     epochs: float = option(default=3.0, doc="passes over the training rows", low=0.0)
     steps: int | None = option(default=None, doc="optimiser steps, instead of epochs", low=1)
     batch: int = option(default=32, doc="rows per forward pass", low=1)
+    bucket: bool = option(default=True, doc="put rows of similar length into one batch, for less padding")
     accumulate: int = option(default=1, doc="batches per optimiser step", low=1)
     learning_rate: float | None = option(default=None, doc="peak rate; each method's own when null", low=0.0)
     head_learning_rate: float | None = option(default=None, doc="peak rate of the task head", low=0.0)

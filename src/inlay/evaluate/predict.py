@@ -1,0 +1,94 @@
+"""Metrics of a split, batch by batch, without gradients."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from inlay.data.chat import IGNORED
+from inlay.evaluate.metrics import classification, regression
+
+if TYPE_CHECKING:
+    from inlay.work import Work
+
+
+@dataclass(frozen=True)
+class Output:
+    """Loss (mean over rows, or over answer tokens) and logits of a batch."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class Source(ABC):
+    """Where batches come from and what computes them: the model itself, or its head on cached features."""
+
+    @abstractmethod
+    def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
+        """Rows of a split as a batch on the device."""
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor]) -> Output:
+        """Loss and logits of a batch."""
+
+
+@dataclass(frozen=True)
+class Whole(Source):
+    """The whole model."""
+
+    work: Work
+
+    def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
+        return self.work.batch(split, indices)
+
+    def forward(self, batch: dict[str, Tensor]) -> Output:
+        with self.work.computing():
+            out = self.work.model(**batch)
+        return Output(out.loss, out.logits)
+
+
+@torch.no_grad()
+def measure(source: Source, work: Work, split: str, size: int) -> dict[str, float]:
+    """The metrics of the task on every row of a split, `size` rows at a time; the model is left in evaluation mode."""
+    work.model.eval()
+    lengths = work.lengths(split)
+    rows = list(range(len(work.rows(split))))
+    if lengths is not None:
+        rows.sort(key=lengths.__getitem__)  # rows of one length together: less padding
+    if work.task == "causal-lm":
+        return language(source, split, rows, size)
+    predicted, truth = [], []
+    for start in range(0, len(rows), size):
+        batch = source.batch(split, rows[start : start + size])
+        logits = source.forward(batch).logits.float()
+        truth.append(batch["labels"].cpu())
+        predicted.append((logits.squeeze(-1) if work.task == "regression" else logits.argmax(-1)).cpu())
+    compute = regression if work.task == "regression" else classification
+    return compute(torch.cat(predicted), torch.cat(truth))
+
+
+def language(source: Source, split: str, rows: list[int], size: int) -> dict[str, float]:
+    """Mean loss per answer token, its exponential, and the share of answer tokens guessed from those before."""
+    loss = right = tokens = 0.0
+    for start in range(0, len(rows), size):
+        batch = source.batch(split, rows[start : start + size])
+        out, labels = source.forward(batch), batch["labels"][:, 1:]
+        counted = labels != IGNORED
+        count = float(counted.sum())
+        loss += float(out.loss) * count
+        right += float(((out.logits[:, :-1].argmax(-1) == labels) & counted).sum())
+        tokens += count
+    mean = loss / tokens
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": right / tokens}
+
+
+def elements(batch: dict[str, Tensor], task: str) -> int:
+    """How many terms a batch's mean loss averages: rows, or answer tokens that have a token before them."""
+    if task == "causal-lm":
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+    return len(batch["labels"])

@@ -1,0 +1,348 @@
+"""The training loop: plain PyTorch, resumed bit for bit after a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from inlay.core import adapter as core
+from inlay.core.adapter import Adapter
+from inlay.core.checkpoint import TENSORS, load
+from inlay.core.errors import OptionError, near
+from inlay.evaluate.metrics import NAMES, PRIMARY, better
+from inlay.evaluate.predict import Source, elements, measure
+from inlay.recipe import Recipe, as_dict
+from inlay.train.frozen import source_for
+from inlay.train.groups import factor, optimiser, set_rate
+from inlay.train.measure import step_memory
+from inlay.train.order import Order, mixed, split
+from inlay.train.progress import Progress, Silent
+from inlay.train.state import Checkpoints, TrainError, claim, load_into, snapshot, write_json
+from inlay.train.tensorboard import Log
+from inlay.work import Shared, Work, open_work
+
+POINTS = 200
+"""Points of a learning curve, at most, besides those at evaluations."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out of a run; `result.json` in its folder holds the numbers.
+
+    Attributes:
+        adapter: attached to its model, in evaluation mode.
+        metrics: on the test rows.
+        validation: on the validation rows, of the adapter that was kept.
+        curve: `{"step", "epoch", "loss", "rate"}` along the way, with validation metrics where they were measured.
+        seconds: wall time of training steps alone (no evaluation, no files).
+        steps: optimiser steps taken; fewer than planned after an early stop.
+        best_step: the step of the adapter that was kept.
+        peak_memory_bytes, saved_for_backward_bytes: see `inlay.train.measure`; of the longest batch.
+        file_bytes: of `adapter.safetensors`.
+    """
+
+    adapter: Adapter
+    folder: Path
+    metrics: dict[str, float]
+    validation: dict[str, float]
+    curve: list[dict[str, Any]]
+    seconds: float
+    steps: int
+    best_step: int
+    peak_memory_bytes: int
+    saved_for_backward_bytes: int
+    file_bytes: int
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trained numbers of the methods, without the head."""
+        return self.adapter.adapter_parameters
+
+    @property
+    def head_parameters(self) -> int:
+        """Trained numbers of the task head."""
+        return self.adapter.head_parameters
+
+
+def train(recipe: Recipe, progress: Progress | None = None, shared: Shared | None = None) -> Trained:
+    """Train an adapter into `recipe.output`, or go on with the run that is there.
+
+    The same call after a kill at any moment ends with the same adapter as an undisturbed run, bit for bit on the CPU;
+    after the end it returns what is there. The global random state is left as it was.
+
+    Args:
+        progress: told about every step; nothing is shown by default.
+        shared: models and data opened by earlier runs of this process, for several runs in a row.
+
+    Raises:
+        TrainError: the folder belongs to another recipe or to a running process, memory runs out, the loss is not
+        finite.  InlayError: a full disk.  Also what opening models and data and attaching methods raise.
+    """
+    progress = progress or Silent()
+    work = open_work(recipe, recipe.seed, shared)
+    metric = metric_of(recipe, work.task)
+    folder = Path(recipe.output)
+    with owned(folder):
+        claim(folder, recipe, work.data.fingerprint)
+        finished = folder / "result.json"
+        if finished.exists():
+            progress.say(f"{folder} is finished: nothing to train")
+            adapter = load(work.model, folder)
+            work.model.eval()
+            numbers = json.loads(finished.read_text(encoding="utf-8"))
+            return Trained(adapter=adapter, folder=folder, **numbers)
+        adapter = work.attach(recipe)
+        try:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                run = Run(recipe, work, adapter, metric, progress)
+                run.go()
+                return run.finish()
+        except BaseException as error:
+            core.detach(work.model)
+            if out_of_memory(error):
+                raise TrainError(memory_advice(recipe, folder)) from error
+            raise
+        finally:
+            progress.close()
+
+
+def metric_of(recipe: Recipe, task: str) -> str:
+    """The metric that selects the best adapter."""
+    metric = recipe.metric or PRIMARY[task]
+    if metric not in NAMES[task]:
+        raise OptionError(f"unknown metric '{metric}'{near(metric, NAMES[task])} ({task} has {', '.join(NAMES[task])})")
+    return metric
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The folder, made if needed, for this process alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TrainError(f"another process is training in {folder}: wait for it, or choose another output") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Run:
+    """One run from where its folder stands to its end."""
+
+    def __init__(self, recipe: Recipe, work: Work, adapter: Adapter, metric: str, progress: Progress) -> None:
+        self.recipe, self.work, self.adapter, self.metric, self.progress = recipe, work, adapter, metric, progress
+        self.folder, self.model = Path(recipe.output), work.model
+        self.own = core.attached(work.model).adapters[adapter.name]
+        self.optimizer = optimiser(adapter, recipe)
+        self.order = Order(
+            len(work.rows("train")), recipe.batch * recipe.accumulate, recipe.seed,
+            work.lengths("train") if recipe.bucket else None,
+        )  # fmt: skip
+        self.total = recipe.steps or math.ceil(recipe.epochs * self.order.steps_per_epoch)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.own, self.optimizer, recipe.keep_last)
+        self.checkpoints.sweep()
+        self.source: Source
+        self.saved_bytes, self.step_bytes = self.memory()
+        self.state, self.best = self.checkpoints.restore()
+
+    # ------------------------------------------------------------------ the loop
+    def go(self) -> None:
+        """Take the remaining steps."""
+        state, recipe = self.state, self.recipe
+        self.progress.start(recipe.label(), self.total, state.step)
+        if state.step:
+            self.progress.say(f"going on from step {state.step}")
+        every = max(1, self.total // POINTS)
+        if recipe.gradient_checkpointing:
+            checkpointing(self.model, True)
+        started = time.perf_counter()
+        self.source = source_for(self.work, self.adapter, recipe)
+        if state.step == 0:
+            state.seconds += time.perf_counter() - started  # computing frozen features is part of training
+        with Log(self.folder / "logs" if recipe.tensorboard else None, state.step) as log:
+            while state.step < self.total and not state.stopped:
+                started = time.perf_counter()
+                loss, rate = self.step(state.step)
+                state.seconds += time.perf_counter() - started
+                state.step += 1
+                state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
+                self.progress.step(state.step, loss, rate)
+                evaluated = self.evaluate() if self.due() else {}
+                if evaluated or state.step % every == 0:
+                    self.point(rate, evaluated)
+                    log.write(state.curve[-1])
+                if recipe.checkpoint_every and state.step % recipe.checkpoint_every == 0:
+                    self.checkpoints.save(state, self.best)
+        if recipe.gradient_checkpointing:
+            checkpointing(self.model, False)
+
+    def step(self, number: int) -> tuple[float, float]:
+        """One optimiser step over `accumulate` batches: (mean loss of its rows, largest learning rate)."""
+        recipe, model = self.recipe, self.model
+        set_training(model, recipe.base_dropout)
+        # dropout and methods draw from a generator that depends on seed and step alone: nothing to save, nothing to
+        # be disturbed by evaluation
+        torch.manual_seed(mixed(recipe.seed, number, 1))
+        rate = set_rate(self.optimizer, factor(recipe.schedule, recipe.warmup, number, self.total))
+        batches = [self.source.batch("train", rows) for rows in split(self.order.step(number), recipe.batch)]
+        counts = [elements(batch, self.work.task) for batch in batches]
+        loss = 0.0
+        for batch, count in zip(batches, counts, strict=True):
+            share = count / max(1, sum(counts))
+            part = self.source.forward(batch).loss * share
+            loss += float(part.detach())
+            # the penalty belongs to the step, not to its rows: every batch carries its share of it
+            (part + core.penalty(model) * share).backward()
+        if not math.isfinite(loss):
+            raise TrainError(f"the loss is {loss} at step {number + 1}: lower the learning rate (now {rate:.1e})")
+        if recipe.clip:
+            torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        core.step(model, (number + 1) / self.total)
+        return loss, rate
+
+    def due(self) -> bool:
+        """Whether to evaluate now: every so many steps or at the end of an epoch, and at the last step."""
+        every = self.recipe.evaluate_every or self.order.steps_per_epoch
+        return self.state.step % every == 0 or self.state.step == self.total
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation metrics now; remembers the best adapter and decides about stopping."""
+        state, recipe = self.state, self.recipe
+        found = measure(self.source, self.work, "validation", recipe.evaluate_batch)
+        self.progress.evaluated(state.step, found)
+        if better(self.metric, found[self.metric], state.best):
+            state.best, state.best_step, state.since_best = found[self.metric], state.step, 0
+            state.validation = found
+            if recipe.patience is not None:
+                self.best = snapshot(self.own)
+        else:
+            state.since_best += 1
+        if recipe.patience is None:
+            state.validation, state.best_step = found, state.step  # the last adapter is the one that is kept
+        elif state.since_best >= recipe.patience:
+            state.stopped = True
+            self.progress.say(f"stopped at step {state.step}: no better {self.metric} in {recipe.patience} evaluations")
+        return found
+
+    def point(self, rate: float, evaluated: dict[str, float]) -> None:
+        """A point of the learning curve: the mean loss since the last one."""
+        state = self.state
+        epoch = state.step / self.order.steps_per_epoch
+        mean = state.loss_sum / state.loss_count
+        validation = {("validation_loss" if name == "loss" else name): v for name, v in evaluated.items()}
+        state.curve.append({"step": state.step, "epoch": round(epoch, 4), "loss": mean, "rate": rate, **validation})
+        state.loss_sum, state.loss_count = 0.0, 0
+
+    # ------------------------------------------------------------------ the end
+    def finish(self) -> Trained:
+        """Keep the best adapter, measure it on the test rows, write everything, drop the checkpoints."""
+        state, recipe = self.state, self.recipe
+        if self.best is not None:
+            load_into(self.own, self.best)
+        metrics = measure(self.source, self.work, "test", recipe.evaluate_batch)
+        self.adapter.save(str(self.folder), **about(recipe, self.work, metrics, state.validation))
+        peak = torch.cuda.max_memory_allocated() if self.work.device.type == "cuda" else self.step_bytes
+        numbers: dict[str, Any] = {
+            "metrics": metrics, "validation": state.validation, "curve": state.curve, "seconds": state.seconds,
+            "steps": state.step, "best_step": state.best_step, "peak_memory_bytes": max(peak, state.peak_memory),
+            "saved_for_backward_bytes": self.saved_bytes, "file_bytes": (self.folder / TENSORS).stat().st_size,
+        }  # fmt: skip
+        write_json(self.folder / "result.json", numbers)
+        self.checkpoints.clear()
+        self.model.eval()
+        return Trained(adapter=self.adapter, folder=self.folder, **numbers)
+
+    def memory(self) -> tuple[int, int]:
+        """(saved-for-backward bytes, peak bytes) of a step on the longest batch."""
+        if self.work.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(self.recipe.seed)
+        set_training(self.model, self.recipe.base_dropout)
+        if self.recipe.gradient_checkpointing:
+            checkpointing(self.model, True)
+        before = snapshot(self.own)
+        batch = self.work.batch("train", self.order.longest(self.recipe.batch))
+
+        def forward() -> Tensor:
+            with self.work.computing():
+                return self.model(**batch).loss
+
+        found = step_memory(forward, self.model, batch)
+        load_into(self.own, before)  # methods that count what they see start afresh
+        return found
+
+
+def norms_with_statistics(model: nn.Module) -> Iterator[nn.Module]:
+    """BatchNorm layers of the base: their running statistics are frozen with it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith("inlay."):
+            yield module
+
+
+def set_training(model: nn.Module, base_dropout: bool) -> None:
+    """Training mode: the adapters' always, the base's only for its dropout."""
+    model.train(base_dropout)
+    model.get_submodule("inlay").train()
+    for module in norms_with_statistics(model):
+        module.eval()
+
+
+def checkpointing(model: Any, on: bool) -> None:
+    """Switch transformers' activation checkpointing."""
+    if not on:
+        model.gradient_checkpointing_disable()
+    elif not model.supports_gradient_checkpointing:
+        raise TrainError(f"{type(model).__name__} has no gradient checkpointing: leave gradient_checkpointing off")
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def about(recipe: Recipe, work: Work, metrics: dict[str, float], validation: dict[str, float]) -> dict[str, Any]:
+    """What a saved adapter says about its training: enough to evaluate and to use it without the recipe."""
+    prepared = work.prepared
+    return {
+        "model": recipe.model,
+        "task": work.task,
+        "labels": work.data.labels,
+        "template": prepared.template,
+        "max_length": prepared.max_length,
+        "image_size": recipe.image_size,
+        "metrics": {"test": metrics, "validation": validation},
+        "data": {"name": work.data.name, "fingerprint": work.data.fingerprint},
+        "recipe": as_dict(replace(recipe, output=Path(recipe.output).name)),
+        "note": work.opened.note,
+    }
+
+
+# ---------------------------------------------------------------------- memory
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the lack of memory, of a GPU or of the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+
+
+def memory_advice(recipe: Recipe, folder: Path) -> str:
+    kept = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    left = f"the checkpoint of step {int(kept[-1].stem[5:])} is intact" if kept else "no checkpoint had been written"
+    halves = f"batch: {max(1, recipe.batch // 2)} with accumulate: {recipe.accumulate * 2}"
+    return (
+        f"out of memory with batches of {recipe.batch} rows; {left}. Try {halves} (the same steps), a smaller "
+        "max_length or image_size, gradient_checkpointing: true, or precision: bfloat16"
+    )
