@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import inlay.models
@@ -125,13 +126,44 @@ def photo(name):
     return Image.fromarray(load_sample_image(name))
 
 
+def keras_resnet50(weights: dict[str, torch.Tensor], rgb: torch.Tensor) -> torch.Tensor:
+    """Keras' ResNet50 by its own layer names, on RGB in 0..255: probabilities before the softmax."""
+
+    def layer(x: torch.Tensor, convolution: str, norm: str, stride: int = 1, padding: int = 0) -> torch.Tensor:
+        kernel = weights[f"{convolution}/kernel"].permute(3, 2, 0, 1)
+        x = functional.conv2d(x, kernel, weights[f"{convolution}/bias"], stride, padding)
+        names = ("moving_mean", "moving_variance", "gamma", "beta")
+        return functional.batch_norm(x, *(weights[f"{norm}/{name}"] for name in names), eps=1.001e-5)
+
+    x = rgb[:, [2, 1, 0]] - torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1)
+    x = functional.max_pool2d(layer(x, "conv1", "bn_conv1", 2, 3).relu(), 3, 2, 1)
+    for stage, blocks in ((2, "abc"), (3, "abcd"), (4, "abcdef"), (5, "abc")):
+        for block in blocks:
+            name = f"{stage}{block}_branch"
+            stride = 2 if block == "a" and stage > 2 else 1
+            y = layer(x, f"res{name}2a", f"bn{name}2a", stride).relu()
+            y = layer(y, f"res{name}2b", f"bn{name}2b", padding=1).relu()
+            y = layer(y, f"res{name}2c", f"bn{name}2c")
+            x = (y + (layer(x, f"res{name}1", f"bn{name}1", stride) if block == "a" else x)).relu()
+    return x.mean((2, 3)) @ weights["fc1000/kernel"] + weights["fc1000/bias"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(("file", "label"), [("china.jpg", "palace"), ("flower.jpg", "daisy")])
-def test_resnet50_names_what_is_in_a_photograph(file, label):
+def test_resnet50_against_keras_and_a_photograph():
+    from inlay.models.convert.convnets import _tensorflow_js
+
+    (entry,) = [e for e in inlay.models.names() if e.name == "resnet50"]
+    weights, names = _tensorflow_js(archives.fetch(entry.archive))
     opened = inlay.models.open("resnet50")
-    logits = opened.model(**opened.processor(photo(file), return_tensors="pt")).logits[0]
-    best = [opened.model.config.id2label[i] for i in logits.topk(3).indices.tolist()]
-    assert label in best
+    pixels = opened.processor(photo("china.jpg"), return_tensors="pt")["pixel_values"]
+    rgb = pixels + torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1)
+    assert 0 <= rgb.min() < rgb.max() <= 255.01
+    found, expected = opened.model(pixels).logits, keras_resnet50(weights, rgb)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert opened.model.config.id2label[found[0].argmax().item()] == "palace"
+    assert found.softmax(-1).max() > 0.6
+    assert len(names) == 1000
+    assert inlay.models.open("resnet50", "image-classification", num_labels=10).head == ["classifier"]
 
 
 class Block(nn.Module):

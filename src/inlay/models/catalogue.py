@@ -16,7 +16,7 @@ from inlay import archives
 from inlay.archives import Embedded
 
 # raised when a converter writes something else than before, so that older folders are made anew
-_REVISION = 1
+_REVISION = 2
 
 
 class ModelError(ValueError):

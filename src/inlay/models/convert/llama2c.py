@@ -94,11 +94,13 @@ def _save_tokenizer(folder: Path, pieces: list[tuple[str, float]], context: int)
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<unk>", "<s>", "</s>"]
-    names = specials + [piece.replace(" ", "▁") for piece, _ in pieces[3:]]
+    # after them a piece for every byte, which stands for characters that have no piece of their own
+    single = [f"<0x{byte:02X}>" for byte in range(256)]
+    names = specials + single + [piece.replace(" ", "▁") for piece, _ in pieces[3 + 256 :]]
     ids = {name: i for i, name in enumerate(names)}
     merges = [
         (name[:cut], name[cut:])
-        for name in sorted(names[3:], key=lambda name: -pieces[ids[name]][1])
+        for name in sorted(names[3 + 256 :], key=lambda name: -pieces[ids[name]][1])
         for cut in range(1, len(name))
         if name[:cut] in ids and name[cut:] in ids
     ]
