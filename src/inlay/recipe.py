@@ -246,6 +246,8 @@ def row_from(spec: MethodSpec, common: dict[str, Any], seeds: list[int]) -> Row:
         own = options(method_class(name)) if isinstance(name, str) and "(" not in name else {}
         changes = {k: rest.pop(k) for k in list(rest) if k in common}
         for key in changes:
+            if key in ("data", "task", "columns", "limit"):
+                raise OptionError(f"the rows of a comparison share their data: '{key}' belongs to the whole recipe")
             if key in own:
                 raise OptionError(
                     f"'{key}' is an option of {name} and a field of training: write {{method: {{{name}: …}}, {key}: …}}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.errors import OptionError
 from inlay.core.head import Head
 from inlay.core.method import DeltaMethod, Method
-from inlay.recipe import Settings
+from inlay.recipe import Recipe, Settings
 
 
 def optimiser(adapter: Adapter, recipe: Settings) -> torch.optim.AdamW:
@@ -34,14 +34,13 @@ def grouped(adapter: Adapter, recipe: Settings) -> dict[tuple[float, float], lis
     `DoRA(of=VeRA())`). A head has the recipe's head rate, else the recipe's rate, else its own. Vectors do not decay.
     LoRA+ (Hayou et al. 2024, arXiv 2402.12354) multiplies the rate of B-like tensors, see `is_fast`.
     """
-    alone = all(isinstance(level.method, Head) for level in adapter.levels)
-    head = adapter.placements[0].method.learning_rate if alone else Head.learning_rate
+    head = head_rate([p.method for p in adapter.placements], recipe)
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     fast = 0
     for level in adapter.levels:
         for owner, name, p in owned(level.method):
             if isinstance(owner, Head):
-                rate = first_given(recipe.head_learning_rate, recipe.learning_rate, head)
+                rate = head
             else:
                 rate = first_given(recipe.learning_rate, owner.learning_rate)
                 if recipe.lora_plus is not None and is_fast(owner, name, p):
@@ -51,6 +50,23 @@ def grouped(adapter: Adapter, recipe: Settings) -> dict[tuple[float, float], lis
     if recipe.lora_plus is not None and not fast:
         raise OptionError("lora_plus sets the rate of B in an update B A, but no method of the recipe has one")
     return found
+
+
+def head_rate(methods: Sequence[Method], recipe: Settings) -> float:
+    """Peak rate of the task head beside these methods; where it is all that is trained, the method's own."""
+    alone = not any(method.has_sites for method in methods)
+    own = methods[0].learning_rate if alone else Head.learning_rate
+    return first_given(recipe.head_learning_rate, recipe.learning_rate, own)
+
+
+def rates(recipe: Recipe) -> tuple[float | dict[str, float], float]:
+    """(peak rate, by method where they differ; that of the head) that a recipe comes to."""
+    parts = [m for method in recipe.methods() for m in method.modules() if isinstance(m, Method)]
+    own = {type(m).__name__: m.learning_rate for m in parts}
+    rate = recipe.learning_rate if recipe.learning_rate is not None else own
+    if isinstance(rate, dict) and len(set(rate.values())) == 1:
+        rate = next(iter(rate.values()))
+    return rate, head_rate(recipe.methods(), recipe)
 
 
 def owned(method: Method) -> Iterator[tuple[Method, str, nn.Parameter]]:

@@ -17,7 +17,7 @@ class BitFit(ParameterMethod):
 
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Ben Zaken, Goldberg & Ravfogel 2021, arXiv 2106.10199"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 6e-3
 
     norms: bool = option(default=True, doc="train the biases of normalisation layers as well")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from inlay.core.method import DeltaMethod, WeightMethod, option, register
@@ -21,13 +22,14 @@ class DoRA(WeightMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Liu et al. 2024, arXiv 2402.09353"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     reads_weight: ClassVar[bool] = True
 
     of: DeltaMethod = option(default=LoRA(), doc="the directional update")
 
     def build(self, site: Site) -> None:
-        squares = site.weight.float().square().sum(1)
+        W = site.weight
+        squares = W.to(torch.promote_types(W.dtype, site.dtype)).square().sum(1)
         self.register_buffer("squares", squares, persistent=False)  # ‖W_i‖², W never moves
         self.m = nn.Parameter(squares.sqrt().to(site.dtype))
 
@@ -46,12 +48,16 @@ class DoRA(WeightMethod):
         return self.ratio().to(W.dtype)[:, None] * self.of.weight(W)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        c = self.site.outward(self.ratio(), y)
-        bias = self.site.current_bias
+        c, bias = self.site.outward(self.ratio(), y), self.site.current_bias
         if bias is None:
-            return c * self.of.after(x, y)
-        b = self.site.outward(bias, y)  # the bias is never scaled
-        return c * self.of.after(x, y - b) + b
+            return c * self.site.add(self.of.delta(), self.of.drop(x), y)
+        y = y - self.site.outward(bias, y)  # neither the bias nor its update is scaled
+        after = self.of.bias_of(bias)
+        assert after is not None
+        return c * self.site.add(self.of.delta(), self.of.drop(x), y) + self.site.outward(after, y)
+
+    def bias_of(self, b: Tensor | None) -> Tensor | None:
+        return self.of.bias_of(b)
 
     def exact_now(self) -> bool:
         return self.of.exact_now()

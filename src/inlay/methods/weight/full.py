@@ -17,7 +17,7 @@ class Full(ParameterMethod):
 
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "full fine-tuning"
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 3e-4
 
     def wants(self, module: nn.Module, name: str) -> bool:
         return True

@@ -20,7 +20,7 @@ class IA3(WeightMethod):
     kind: ClassVar[str] = "hidden"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2205.05638"
     where: ClassVar[tuple[str, ...]] = ("attn.k", "attn.v", "mlp.down")
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     feedforward: list[str] = option(
         default=["mlp.down"], doc="neutral or module names whose input is scaled instead of the output"

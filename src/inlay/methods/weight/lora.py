@@ -22,7 +22,7 @@ class LoRA(DeltaMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685 (rank-stabilised: Kalajdzievski 2023, arXiv 2312.03732)"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
 
     r: int = option(default=8, doc="rank", low=1)
     alpha: float = option(default=8.0, doc="scale numerator α", low=0.0)

@@ -18,7 +18,7 @@ class NormTuning(ParameterMethod):
 
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Frankle, Schwab & Morcos 2020, arXiv 2003.00152; Zhao et al. 2023, arXiv 2312.11420"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 6e-3
 
     def wants(self, module: nn.Module, name: str) -> bool:
         return is_norm(module)

@@ -22,7 +22,7 @@ class VeRA(DeltaMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Kopiczko, Blankevoort & Asano 2023, arXiv 2310.11454"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     r: int = option(default=256, doc="rank of the shared projections", low=1)
     d_initial: float = option(default=0.1, doc="start of every entry of d")
