@@ -230,8 +230,12 @@ class Mount:
                 part = self.rerun(module, args, kwargs, name, rows, whole.shape[0])
             else:
                 part = y[rows]
-                inputs = frame.routed.get(name) or [
-                    self.spread(self.input_of(level, args, kwargs))[rows] for level in self.levels[name]
+                below = frame.routed.get(name, [])
+                inputs = [
+                    below[k]
+                    if below and level.site.entry is None
+                    else self.spread(self.input_of(level, args, kwargs))[rows]
+                    for k, level in enumerate(self.levels[name])
                 ]
                 with self.inlay.narrowed(rows):
                     for level, x in zip(self.levels[name], inputs, strict=True):
