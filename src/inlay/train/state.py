@@ -127,8 +127,7 @@ def load_into(own: nn.Module, tensors: dict[str, Tensor]) -> None:
     target = own.state_dict()
     if {n: t.shape for n, t in target.items()} != {n: t.shape for n, t in tensors.items()}:
         raise TrainError("the checkpoint holds other tensors than this recipe trains: was inlay updated meanwhile?")
-    for name, t in target.items():
-        t.copy_(tensors[name])
+    own.load_state_dict(tensors)  # not copies into its tensors: state that is no tensor goes through it too
 
 
 # ---------------------------------------------------------------------- one folder, one recipe
