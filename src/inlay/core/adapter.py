@@ -56,7 +56,7 @@ def adapt(
         together.  AdapterError: the name is taken or not usable.
     """
     model_is(model)
-    several: Sequence[Method | Placement | str | dict] = methods if isinstance(methods, list | tuple) else [methods]
+    several: Sequence[Any] = methods if isinstance(methods, list | tuple) else [methods]
     placements = [place(m) for m in several]
     patterns = None if where is None else (where,) if isinstance(where, str | type) else tuple(where)
     finder = Finder(model, exclude=tuple(exclude), layers=None if layers is None else tuple(layers))
@@ -72,9 +72,9 @@ def adapt(
             )
     if heads:
         plans.append((Placement(Head()), Finder(model).sites(Head(), [f"re:{re.escape(h)}" for h in heads], dtype)))
-    inlay = container(model)
-    check_name(inlay, name)
-    build(model, inlay, name, plans, overrides or {}, seed)
+    check_name(model._modules.get("inlay"), name)
+    with undone_on_error(model, name):
+        build(model, container(model), name, plans, overrides or {}, seed)
     return Adapter(model, name, placements, heads, dtype, list(patterns or ()), overrides or {}, seed)
 
 
@@ -99,7 +99,6 @@ def build(
             pairs.append((placement.method.replace(**changes) if changes else placement.method, site))
     unused = [pattern for pattern in overrides if pattern not in used]
     if unused:
-        discard(model)
         raise OptionError(f"overrides match no adapted site: {unused}")
     build_sites(model, inlay, name, pairs, seed)
 
@@ -137,6 +136,23 @@ def placed(module: T, device: torch.device) -> T:
     return module if all(t.device == device for t in tensors) else module.to(device)
 
 
+@contextmanager
+def undone_on_error(model: nn.Module, name: str) -> Iterator[None]:
+    """Take the adapter `name` off again, and what it made, when the context ends with an error."""
+    existing = model._modules.get("inlay")
+    active = list(existing.active) if isinstance(existing, Inlay) else []
+    try:
+        yield
+    except BaseException:
+        inlay = model._modules.get("inlay")
+        if isinstance(inlay, Inlay):
+            if name in inlay.adapters:
+                inlay.drop(name)
+            activate(inlay, active)
+            discard(model)
+        raise
+
+
 def discard(model: nn.Module) -> None:
     """Take the container off again when nothing is in it."""
     if not attached(model).adapters:
@@ -146,7 +162,12 @@ def discard(model: nn.Module) -> None:
 def compose(inlay: Inlay, name: str, site: Site, method: Method) -> None:
     """Refuse a method that cannot act on top of what the same adapter already has at this site."""
     mount = inlay.state.mounts.get(site.path)
-    below = [lv for lv in (mount.levels.get(name, []) if mount else []) if overlapping(lv.site, site)]
+    stand(mount.levels.get(name, []) if mount else [], site, method)
+
+
+def stand(levels: Sequence[Level], site: Site, method: Method) -> None:
+    """ComposeError where a method cannot stand on these levels of its module."""
+    below = [lv for lv in levels if overlapping(lv.site, site)]
     if isinstance(method, ParameterMethod):
         readers = [lv for lv in below if isinstance(lv.method, WeightMethod) and lv.method.reads_weight]
         reader = [lv for lv in readers if lv.site.param == site.param]
@@ -161,6 +182,17 @@ def compose(inlay: Inlay, name: str, site: Site, method: Method) -> None:
             f"{method.label()} reads W at '{site.path}', so it must come first there, "
             f"but {below[0].method.label()} already acts on it: list {method.label()} first, or compose it as `of=`"
         )
+
+
+def check_stack(inlay: Inlay, names: Sequence[str]) -> None:
+    """ComposeError where adapters cannot act on top of each other, in this order; of several heads the last counts."""
+    for mount in inlay.state.mounts.values() if len(names) > 1 else ():
+        levels: list[Level] = []
+        for name in names:
+            own = [level for level in mount.levels.get(name, ()) if not level.head]
+            for level in own if levels else ():
+                stand(levels, level.site, level.method)
+            levels += own
 
 
 def overlapping(a: Site, b: Site) -> bool:
@@ -204,11 +236,19 @@ def attached(model: nn.Module) -> Inlay:
     return inlay
 
 
-def check_name(inlay: Inlay, name: str) -> None:
-    if name in inlay.adapters:
-        raise AdapterError(f"an adapter '{name}' is attached already: delete it or choose another name")
+def check_name(inlay: nn.Module | None, name: str) -> None:
+    """AdapterError where no adapter of that name can be attached now to a model with this `model.inlay`, if any."""
     if not name or "." in name or name in dir(nn.ModuleDict):
         raise AdapterError(f"'{name}' cannot name an adapter: use letters, digits, '-' and '_'")
+    if not isinstance(inlay, Inlay):
+        return
+    if name in inlay.adapters:
+        raise AdapterError(f"an adapter '{name}' is attached already: delete it or choose another name")
+    if inlay.state.merged_names:
+        raise AdapterError(
+            f"{list(inlay.state.merged_names)} are merged into the base: unmerge first, or "
+            "detach(model, keep_merged=True) to go on from the merged tensors"
+        )
 
 
 def find_head(finder: Finder) -> tuple[str, ...]:
@@ -228,8 +268,13 @@ def find_head(finder: Finder) -> tuple[str, ...]:
 
 def activate(inlay: Inlay, names: Sequence[str]) -> None:
     """Let exactly these adapters act, in this order; only their tensors ask for gradients."""
+    merged = inlay.state.merged_names
     for name in names:
-        inlay.check(name)
+        if inlay.check(name) in merged:
+            raise AdapterError(f"'{name}' is merged into the base: it acts already, unmerge it to switch it")
+    if len(set(names)) < len(names):
+        raise AdapterError(f"an adapter acts once at most, got {list(names)}")
+    check_stack(inlay, [*merged, *names])
     inlay.state.active = list(names)
     for name, module in inlay.adapters.items():
         for p in module.parameters():
@@ -238,7 +283,11 @@ def activate(inlay: Inlay, names: Sequence[str]) -> None:
 
 # ---------------------------------------------------------------------- on the model
 def use(model: nn.Module, *names: str) -> None:
-    """Switch to these adapters, stacked in the order given; none switches all off. Constant time."""
+    """Switch to these adapters, stacked in the order given; none switches all off. No tensor moves.
+
+    Of several task heads the last one's acts. Raises AdapterError on names that are unknown, repeated or merged, and
+    ComposeError where an adapter cannot stand on those before it.
+    """
     activate(attached(model), names)
 
 
@@ -272,15 +321,25 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
 
 def delete(model: nn.Module, name: str) -> None:
-    """Remove one adapter and free its tensors."""
+    """Remove one adapter and free its tensors; AdapterError while it is merged."""
     inlay = attached(model)
-    inlay.check(name)
+    if inlay.check(name) in inlay.state.merged_names:
+        raise AdapterError(f"'{name}' is merged into the base: unmerge first, or detach(model, keep_merged=True)")
     inlay.drop(name)
 
 
-def detach(model: nn.Module) -> None:
-    """Remove every adapter; the model's tree, keys, tensors and gradient flags are as before."""
+def detach(model: nn.Module, keep_merged: bool = False) -> None:
+    """Remove every adapter; the model's tree, keys, tensors and gradient flags are as before.
+
+    Args:
+        keep_merged: leave what is merged in the base's tensors, which makes an ordinary merged model; otherwise the
+            base's own tensors return first.
+    """
     inlay = attached(model)
+    if inlay.state.merged_names and not keep_merged:
+        from inlay.core.merge import unmerge
+
+        unmerge(model)
     trained = inlay.state.trained
     inlay.close()
     del model._modules["inlay"]
@@ -358,11 +417,11 @@ class Adapter:
 
         save(self, folder, about)
 
-    def merge(self) -> None:
+    def merge(self, dequantise: bool = False) -> None:
         """Fold this adapter into the base's tensors, see `inlay.core.merge`; `unmerge` restores them bit for bit."""
         from inlay.core.merge import merge
 
-        merge(self.model, self.name)
+        merge(self.model, self.name, dequantise=dequantise)
 
     def unmerge(self) -> None:
         """Undo `merge`."""

@@ -19,14 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter, attached, build_sites, check_name, container
+from inlay.core.adapter import Adapter, attached, build_sites, check_name, container, undone_on_error
 from inlay.core.container import module_key
 from inlay.core.errors import CheckpointError
 from inlay.core.files import atomic, canonical, sha256, tensor_bytes, tensors_digest, write_text
 from inlay.core.head import Head
 from inlay.core.method import Method, Placement, method_from
+from inlay.core.quantised import is_quantised
+from inlay.core.quantised import shape as quantised_shape
 from inlay.core.rows import Rows
-from inlay.core.sites import Site
+from inlay.core.sites import QuantisedHost, Site
 from inlay.core.towers import tower_of
 from inlay.core.where import site_host
 
@@ -43,6 +45,8 @@ def save(adapter: Adapter, folder: str | Path, about: dict[str, Any] | None = No
         shared: store shared frozen tensors (VeRA's projections) in full rather than as seed and checksum.
     """
     folder = Path(folder)
+    if attached(adapter.model).state.merged_names:
+        raise CheckpointError("adapters are merged: unmerge first, so that the base can be identified")
     tensors = stored_tensors(adapter)
     given = attached(adapter.model).state.given
     frozen = {name: t.cpu() for name, t in shared_tensors(adapter).items() if shared or name in given}
@@ -79,9 +83,11 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
     inlay = attached(adapter.model)
     own = inlay.adapters[adapter.name]
     slots = {id(method): slot for slot, method in own.named_children()}
-    sites = []
+    sites: list[dict[str, Any]] = []
+    groups: dict[tuple[int, ...], int] = {}
     for level in adapter.levels:
-        sites.append(describe_site(level.site) | {"slot": slots[id(level.method)].replace("/", "."),
+        group = groups.setdefault(tuple(id(peer) for peer in level.site.peers), len(groups))
+        sites.append(describe_site(level.site) | {"slot": slots[id(level.method)].replace("/", "."), "group": group,
                                                   "method": level.method.specification(),
                                                   "head": isinstance(level.method, Head)})  # fmt: skip
     model = adapter.model
@@ -100,6 +106,7 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
             "architecture": type(model).__name__,
             "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
             "fingerprint": fingerprint([level.site for level in adapter.levels if not isinstance(level.method, Head)]),
+            "quantised": any(isinstance(level.site.host, QuantisedHost) for level in adapter.levels),
         },
         "parameters": {"adapter": adapter.adapter_parameters, "head": adapter.head_parameters},
         "about": about,
@@ -113,15 +120,23 @@ def describe_site(site: Site) -> dict[str, Any]:
         "rows": None if rows is None else [rows.offset, rows.length, rows.groups, rows.group],
         "expert": site.expert, "entry": site.entry, "width": site.width,
         "ties": [[path, name] for path, _, name in site.ties],
-        "shape": list(p.shape) if (p := site.module._parameters.get(site.param)) is not None else None,
+        "shape": stored_shape(site.module, site.param),
         "tower": None if site.tower is None else site.tower.label, "parts": site.parts,
     }  # fmt: skip
+
+
+def stored_shape(module: nn.Module, param: str) -> list[int] | None:
+    """The shape of a tensor in the base; that of W for a quantised layer, whatever it stores."""
+    if param == "weight" and is_quantised(module):
+        return list(quantised_shape(module))
+    p = module._parameters.get(param)
+    return None if p is None else list(p.shape)
 
 
 def fingerprint(sites: list[Site]) -> str:
     """A digest of the adapted base tensors' content: up to 4,096 numbers of each, rounded to bfloat16.
 
-    Rounding makes a base loaded in float32, float16 or bfloat16 the same base; a quantised one has none ("").
+    Rounding makes a base loaded in float32 or bfloat16 the same base. A tensor without storage has none ("").
     """
     h = hashlib.sha256()
     for site in sorted(sites, key=lambda s: s.key):
@@ -138,7 +153,9 @@ def fingerprint(sites: list[Site]) -> str:
 def identifying(site: Site) -> Iterator[tuple[str, str, Tensor]]:
     """(path, name, tensor) of what a site adapts: its tensor, or of a tower the embeddings and attentions."""
     p = site.module._parameters.get(site.param)
-    if p is not None:
+    if isinstance(site.host, QuantisedHost):
+        yield site.path, site.param, site.weight
+    elif p is not None:
         yield site.path, site.param, p
     elif site.tower is not None:
         if site.tower.embedding is not None:
@@ -162,7 +179,7 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
     if header is None:
         raise CheckpointError(f"{path} was not written by inlay (no description in its header)")
-    document = json.loads(header)
+    document = parsed(header, path)
     if document.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT!r}")
     check_description(document, path)
@@ -170,13 +187,20 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path}: the tensors do not match their digest, the file was changed after saving")
     readable = folder / DESCRIPTION
     if readable.exists():
-        try:
-            beside = json.loads(readable.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{readable} is not JSON: {error}") from error
+        beside = parsed(readable.read_text(encoding="utf-8", errors="replace"), readable)
         # a valid description of other tensors is what a kill between the two renames leaves: the header is newer
         check_description(beside, readable)
     return document, tensors
+
+
+def parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} does not describe an adapter")
+    return document
 
 
 def check_description(document: dict[str, Any], path: Path) -> None:
@@ -202,39 +226,42 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base
 
         return peft.read(model, folder, name)
     document, tensors = read(folder)
+    name = name or str(document["name"])
+    check_name(model._modules.get("inlay"), name)
     sites = [site_from(model, record, folder) for record in document["sites"]]
     methods = [Head() if r["head"] else method_from(r["method"]) for r in document["sites"]]
-    plain = [site for site, record in zip(sites, document["sites"], strict=True) if not record["head"]]
-    expected, found = document["base"]["fingerprint"], fingerprint(plain)
-    if expected and found and expected != found and not any_base:
-        raise CheckpointError(
-            f"{folder} was trained on another base ({document['base']['architecture']} "
-            f"'{document['base']['name']}'): the adapted weights differ. Open that base, or pass any_base=True"
-        )
-    inlay = container(model)
-    name = name or document["name"]
-    check_name(inlay, name)
-    for key, t in tensors.items():
-        if key.startswith("shared."):
-            inlay.give(key.removeprefix("shared."), t)
+    check_base(
+        document, [site for site, r in zip(sites, document["sites"], strict=True) if not r["head"]], folder, any_base
+    )
     dtype = getattr(torch, document["dtype"])
-    groups: dict[str, list[Site]] = {}
-    for site, method in zip(sites, methods, strict=True):
-        site.dtype = dtype
-        groups.setdefault(json.dumps(method.specification()), []).append(site)
-    for site, method in zip(sites, methods, strict=True):
-        site.peers = groups[json.dumps(method.specification())]
-    build_sites(model, inlay, name, list(zip(methods, sites, strict=True)), document["seed"])
-    adapter = Adapter(
-        model, name, [Placement(method_from(m)) for m in document["methods"]], tuple(document["head"]), dtype,
-        document["where"], {}, document["seed"],
-    )  # fmt: skip
-    try:
+    groups: dict[int, list[Site]] = {}
+    for site, record in zip(sites, document["sites"], strict=True):
+        site.dtype, site.peers = dtype, groups.setdefault(record["group"], [])
+        site.peers.append(site)
+    with undone_on_error(model, name):
+        inlay = container(model)
+        for key, t in tensors.items():
+            if key.startswith("shared."):
+                inlay.give(key.removeprefix("shared."), t)
+        build_sites(model, inlay, name, list(zip(methods, sites, strict=True)), document["seed"])
+        adapter = Adapter(
+            model, name, [Placement(method_from(m)) for m in document["methods"]], tuple(document["head"]), dtype,
+            document["where"], {}, document["seed"],
+        )  # fmt: skip
         restore(adapter, document, tensors, folder)
-    except BaseException:
-        adapter.delete()
-        raise
     return adapter
+
+
+def check_base(document: dict[str, Any], sites: list[Site], folder: Path, any_base: bool) -> None:
+    """CheckpointError where the adapted weights are not those of training; a quantised base has numbers of its own."""
+    base = document["base"]
+    found, quantised = fingerprint(sites), any(isinstance(site.host, QuantisedHost) for site in sites)
+    same_kind = base["fingerprint"] and found and base["quantised"] == quantised
+    if same_kind and base["fingerprint"] != found and not any_base:
+        raise CheckpointError(
+            f"{folder} was trained on another base ({base['architecture']} '{base['name']}'): the adapted weights "
+            "differ. Open that base, or pass any_base=True"
+        )
 
 
 def restore(adapter: Adapter, document: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
@@ -244,7 +271,11 @@ def restore(adapter: Adapter, document: dict[str, Any], tensors: dict[str, Tenso
     left = dict(tensors)
     for name, buffer in inlay.tensors.named_buffers():
         if f"shared.{name}" in left:
-            buffer.copy_(left.pop(f"shared.{name}"))
+            if not torch.equal(left.pop(f"shared.{name}"), buffer.cpu()):
+                raise CheckpointError(
+                    f"{folder} brings its own '{name}', but an attached adapter uses another of that name: "
+                    "delete that adapter first"
+                )
         elif name in document["shared"] and sha256(tensor_bytes(buffer)) != document["shared"][name]:
             raise CheckpointError(
                 f"{folder}: the shared tensor '{name}' drawn from its seed differs from the one trained with "
@@ -275,11 +306,9 @@ def site_from(model: nn.Module, record: dict[str, Any], folder: Path) -> Site:
     if path not in modules:
         raise CheckpointError(f"{folder} adapts '{path}', which this {type(model).__name__} does not have: wrong base?")
     module = modules[path]
-    p = module._parameters.get(record["param"])
-    if record["shape"] is not None:
-        found = None if p is None else list(p.shape)
-        if found != record["shape"] and (p is None or p.is_floating_point()):
-            raise CheckpointError(f"{folder}: '{path}.{record['param']}' was {record['shape']}, here it is {found}")
+    found = stored_shape(module, record["param"])
+    if record["shape"] is not None and found != record["shape"]:
+        raise CheckpointError(f"{folder}: '{path}.{record['param']}' was {record['shape']}, here it is {found}")
     rows = None if record["rows"] is None else Rows(*record["rows"])
     ties = [(tied, modules[tied], name) for tied, name in record["ties"] if tied in modules]
     host = site_host(model, path, record["param"])

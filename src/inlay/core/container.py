@@ -76,7 +76,12 @@ class State:
     """`requires_grad` of the base's tensors before anything was attached."""
     merged: dict[tuple[str, str], Any] = field(default_factory=dict)
     """Base tensors set aside by a merge, by (module path, name)."""
+    swapped: dict[str, nn.Module] = field(default_factory=dict)
+    """Quantised layers set aside by a merge, by path."""
     merged_names: tuple[str, ...] = ()
+    """Adapters that are merged now."""
+    active_before: list[str] = field(default_factory=list)
+    """Adapters that were active before the merge."""
     given: set[str] = field(default_factory=set)
     """Shared tensors that came from a file, which a seed may not reproduce."""
 
@@ -200,6 +205,10 @@ class Inlay(nn.Module):
         for span in [span for span in self.spans if span not in needed]:
             self.spans.pop(span).handle.remove()
         del self.adapters[adapter]
+        used = {name for other in self.adapters for level in self.levels(other) for name in level.site.uses}
+        for name in [name for name in self.tensors._buffers if name not in used]:
+            del self.tensors._buffers[name]
+            self.state.given.discard(name)
         self.state.active = [name for name in self.active if name != adapter]
 
     def close(self) -> None:

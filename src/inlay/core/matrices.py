@@ -109,6 +109,8 @@ class LowRank(Matrix):
         return F.linear(h if self.scale == 1.0 else h * self.scale, self.B.to(x.dtype))
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.is_nested:
+            return y + self.apply(x)
         h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), h, self.B.to(x.dtype).T, alpha=self.scale).view(y.shape)
 

@@ -7,84 +7,135 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import activate, attached
+from inlay.core.adapter import activate, attached, check_stack
 from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
 from inlay.core.mount import Level, Mount, acts_on_output, has_closed_form
-from inlay.core.sites import ConvHost, EmbeddingHost
+from inlay.core.quantised import dense, is_quantised, plain
+from inlay.core.sites import ConvHost, EmbeddingHost, QuantisedHost, host_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference between adapted and merged outputs, relative to the largest output."""
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *names: str) -> float:
+def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
     """Fold adapters (the active ones when none is named) into the base's tensors.
 
     Each new tensor is computed in float32 at least and rounded once; the base's own tensors are set aside and
     `unmerge` puts the very same ones back. Returns the largest relative difference between each module's adapted and
     merged output on a random probe.
 
+    Args:
+        dequantise: let ordinary linear layers, in the type the base computes in, stand in for quantised ones until
+            `unmerge`. Without it a quantised base is refused: rounding W′ to few bits again would change what it is.
+
     Raises:
-        MergeError: a method without closed form, or a difference above the tolerance of the base's type (the model is
-        then as it was before).
+        MergeError: a method without closed form, a quantised base, or a difference above the tolerance of the base's
+        type (the model is then as it was before).
     """
     inlay = attached(model)
     names = tuple(inlay.check(n) for n in names) or tuple(inlay.active)
-    if inlay.state.merged:
+    if inlay.state.merged_names:
         raise MergeError("adapters are merged already: unmerge first")
+    if not names:
+        raise MergeError("no adapter is active: name those to merge")
+    check_stack(inlay, names)
     stacks = {mount: [lv for n in names for lv in mount.levels.get(n, ())] for mount in inlay.state.mounts.values()}
-    refuse([lv for n in names for lv in inlay.levels(n)])
-    training = model.training
+    stacks = {mount: levels for mount, levels in stacks.items() if levels}
+    refuse([lv for n in names for lv in inlay.levels(n)], dequantise)
+    modes = {module: module.__dict__["training"] for module in model.modules()}
+    active = inlay.state.active
     model.eval()
     try:
         with inlay.only(*names):
-            before = {mount: probe(mount) for mount, levels in stacks.items() if levels}
-            replacements = {mount: merged_tensors(mount, levels) for mount, levels in stacks.items() if levels}
-        ties: dict[int, nn.Parameter] = {}
-        for mount, tensors in replacements.items():
-            for name, t in tensors.items():
-                old = mount.module._parameters[name]
-                assert old is not None
-                only_copies = not any(acts_on_output(lv) for lv in stacks[mount])
-                new = ties.get(id(old)) if only_copies else None
-                new = nn.Parameter(t, requires_grad=False) if new is None else new
-                ties[id(old)] = new
-                inlay.state.merged[(mount.path, name)] = old
-                mount.module._parameters[name] = new
-        inlay.state.merged_names = names
-        activate(inlay, [n for n in inlay.active if n not in names])
+            before = {mount: probe(mount) for mount in stacks}
+            replacements = {mount: merged_tensors(mount, levels) for mount, levels in stacks.items()}
+        inlay.state.merged_names, inlay.state.active_before = names, active
+        put(model, stacks, replacements)
+        activate(inlay, [n for n in active if n not in names])
         with inlay.only():
             worst = max((difference(before[mount], probe(mount)) for mount in before), default=0.0)
-        limit = max((TOLERANCE[p.dtype] for p in inlay.state.merged.values()), default=0.0)
-        if worst > limit:
-            unmerge(model)
+        limit = max((TOLERANCE[t.dtype] for tensors in replacements.values() for t in tensors.values()), default=0.0)
+        if not worst <= limit:
             raise MergeError(
                 f"merged and adapted outputs differ by {worst:.2e} (tolerance {limit:.0e}): nothing merged"
             )
+    except BaseException:
+        if inlay.state.merged_names:
+            unmerge(model)
+        raise
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
+        for path, module in inlay.state.swapped.items():
+            model.get_submodule(path).training = module.training
     return worst
+
+
+def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[Mount, dict[str, Tensor]]) -> None:
+    """Let the merged tensors take the places of the base's, which are set aside; ties of trained copies stay tied."""
+    state = attached(model).state
+    ties: dict[int, nn.Parameter] = {}
+    for mount, tensors in replacements.items():
+        if is_quantised(mount.module) and "weight" in tensors:
+            bias = tensors.get("bias", mount.module._parameters.get("bias"))
+            old_module = mount.module
+            state.swapped[mount.path] = old_module
+            move(model, mount, plain(old_module, tensors["weight"], bias))
+            continue
+        only_copies = not any(acts_on_output(level) for level in stacks[mount])
+        for name, t in tensors.items():
+            old = mount.module._parameters[name]
+            assert old is not None
+            new = ties.get(id(old)) if only_copies else None
+            new = nn.Parameter(t, requires_grad=False) if new is None else new
+            ties[id(old)] = new
+            state.merged[(mount.path, name)] = old
+            mount.module._parameters[name] = new
+
+
+def move(model: nn.Module, mount: Mount, module: nn.Module) -> None:
+    """Put another module in the place of a mount's, everywhere in the model, and mount on that."""
+    old = mount.module
+    mount.remove()
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = module
+    mount.module = mount.owner = module
+    for level in (level for levels in mount.levels.values() for level in levels):
+        level.site.module, level.site.host = module, host_of(module)
+    mount.refresh()
 
 
 def unmerge(model: nn.Module) -> None:
     """Undo the last merge: the base's own tensors return, the adapters act again."""
     inlay = attached(model)
-    if not inlay.state.merged:
+    state = inlay.state
+    if not state.merged_names:
         raise MergeError("nothing is merged")
-    for (path, name), tensor in inlay.state.merged.items():
+    for path, module in state.swapped.items():
+        module.train(model.get_submodule(path).training)
+        move(model, state.mounts[path], module)
+    for (path, name), tensor in state.merged.items():
         model.get_submodule(path)._parameters[name] = tensor
-    inlay.state.merged = {}
-    activate(inlay, list(inlay.state.merged_names))
+    state.merged, state.swapped, state.merged_names = {}, {}, ()
+    activate(inlay, [name for name in state.active_before if name in inlay.adapters])
 
 
-def refuse(levels: Iterable[Level]) -> None:
-    """MergeError naming the first method that has no closed form."""
+def refuse(levels: Iterable[Level], dequantise: bool) -> None:
+    """MergeError naming the first method that has no closed form, or the first quantised layer."""
     for level in levels:
         if not type(level.method).mergeable:
             raise MergeError(
                 f"{level.method.label()} at '{level.site.path}' cannot be merged: it acts on activations, "
                 "which no tensor of the base can stand for"
+            )
+        if isinstance(level.site.host, QuantisedHost) and not dequantise:
+            raise MergeError(
+                f"'{level.site.path}' is quantised: what is merged into it would be rounded away. Keep the adapter "
+                "beside it, or merge with dequantise=True, which puts dense layers in its place"
             )
 
 
@@ -94,7 +145,8 @@ def merged_tensors(mount: Mount, levels: list[Level]) -> dict[str, Tensor]:
     names = {lv.site.param for lv in levels} | {lv.site.bias_name for lv in levels if lv.method.acts_on_bias}
     tensors = {}
     for name in sorted(names):
-        old = mount.module._parameters.get(name)
+        quantised = name == "weight" and is_quantised(mount.module)
+        old = dense(mount.module) if quantised else mount.module._parameters.get(name)
         if old is None:
             continue
         wide = mount.fold(name, levels, old.detach().to(torch.promote_types(old.dtype, torch.float32)))
@@ -110,7 +162,7 @@ def probe(mount: Mount) -> Tensor | None:
         return None
     site, module = next(level.site for level in levels if acts_on_output(level)), mount.module
     generator = torch.Generator("cpu").manual_seed(0)
-    p = site.parameter
+    p = site.weight if isinstance(site.host, QuantisedHost) else site.parameter
     if isinstance(site.host, EmbeddingHost):
         x = torch.randint(p.shape[0], (64,), generator=generator).to(p.device)
     elif isinstance(site.host, ConvHost):

@@ -24,7 +24,8 @@ from inlay.core.errors import RouteError
 from inlay.core.method import HiddenMethod, Method, ParameterMethod, WeightMethod
 from inlay.core.paths import prefers_effective
 from inlay.core.properties import adapt_tensors, release_tensors
-from inlay.core.sites import Site
+from inlay.core.quantised import dense
+from inlay.core.sites import QuantisedHost, Site
 
 if TYPE_CHECKING:
     from inlay.core.adapter import Inlay
@@ -171,6 +172,8 @@ class Mount:
         t: Tensor | None = base if base is not None else self.module._parameters.get(name)
         if t is None:
             return None
+        if base is None and any(lv.site.param == name and isinstance(lv.site.host, QuantisedHost) for lv in levels):
+            t = dense(self.module)
         for level in levels:
             if isinstance(level.method, ParameterMethod) and level.site.param == name:
                 t = level.method.parameter(t)
@@ -183,9 +186,9 @@ class Mount:
             if site.param == name:
                 t = site.stored_from(method.weight(site.matrix_of(t)), t)
             elif site.bias_name == name and method.acts_on_bias:
-                part = method.bias_of(t if site.rows is None else site.rows.take(t, 0))
+                part = method.bias_of(site.bias_part(t))
                 assert part is not None
-                t = part if site.rows is None else site.rows.put(t, part, 0)
+                t = site.bias_from(part, t)
         return t
 
     def read(self, name: str) -> Tensor:

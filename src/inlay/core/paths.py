@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 
 from inlay.core.method import Method, WeightMethod
-from inlay.core.sites import Site
+from inlay.core.sites import QuantisedHost, Site
 
 
 def prefers_effective(levels: list[tuple[Method, Site]], x: Tensor) -> bool:
     """Whether forming W′ is cheaper than acting on outputs, for the input x of the module.
 
-    Only for float32 and wider: in bfloat16 a small ΔW would be rounded away inside W + ΔW.
+    Only for float32 and wider: in bfloat16 a small ΔW would be rounded away inside W + ΔW. Nor for quantised layers,
+    whose own forward reads their own storage.
     """
     factored = effective = 0
     training = torch.is_grad_enabled()
     for method, site in levels:
         update = method.update() if isinstance(method, WeightMethod) else None
-        if update is None or site.host is None or not site.host.linear or site.parameter.dtype.itemsize < 4:
+        if update is None or site.host is None or not site.host.linear or isinstance(site.host, QuantisedHost):
+            return False
+        if site.parameter.dtype.itemsize < 4:
             return False
         tokens = x.numel() // site.d_in if site.kernel_area == 1 else x.numel() // x.shape[1]
         size = prod(update.shape)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from inlay.core.errors import SiteError
 from inlay.core.matrices import LowRank, Matrix
+from inlay.core.quantised import dense, is_quantised, shape
 from inlay.core.rows import Rows
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ class LinearHost(Host):
         return delta.add_to(y, x)
 
 
+class QuantisedHost(LinearHost):
+    """A linear layer whose W is stored in few bits (`inlay.core.quantised`): read densely, never written."""
+
+
 class TransposedHost(LinearHost):
     """transformers' `Conv1D`: a linear layer that stores (in, out)."""
 
@@ -91,6 +96,9 @@ class ConvHost(Host):
     W is the kernel flattened to (c_out, c_in/groups · k…). A low-rank Δ = B A is the convolution with A's r kernels
     followed by the 1×1 convolution B (LoCon); with groups each group sees A on its own channels.
     """
+
+    def __init__(self, axes: int) -> None:
+        self.axes = axes  # of the kernel; an input may come without a batch
 
     def to_matrix(self, p: Tensor) -> Tensor:
         return p.flatten(1)
@@ -111,7 +119,7 @@ class ConvHost(Host):
         return convolve(h, B, groups=module.groups)
 
     def outward(self, v: Tensor, y: Tensor) -> Tensor:
-        return v.reshape(-1, *(1 for _ in y.shape[2:])) if y.dim() > 2 else v
+        return v.reshape(-1, *(1 for _ in range(self.axes)))
 
     def inward(self, v: Tensor, x: Tensor) -> Tensor:
         raise SiteError(
@@ -237,6 +245,8 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """W as the base holds it, (d_out, d_in), no gradient."""
+        if isinstance(self.host, QuantisedHost):
+            return self.matrix_of(dense(self.module))
         p = self.parameter.detach()
         return self.matrix_of(p if self.expert is None else p[self.expert])
 
@@ -244,27 +254,51 @@ class Site:
     def bias(self) -> Tensor | None:
         """This site's part of the base's bias, or None."""
         b = self.module._parameters.get(self.bias_name)
-        return b if b is None or self.rows is None else self.rows.take(b, 0)
+        return b if b is None else self.bias_part(b)
 
     @property
     def current_bias(self) -> Tensor | None:
         """The bias the running forward was computed with: a trained copy where there is one."""
         if self.module._parameters.get(self.bias_name) is None:
             return None
-        b = getattr(self.module, self.bias_name)
-        return b if self.rows is None else self.rows.take(b, 0)
+        return self.bias_part(getattr(self.module, self.bias_name))
 
     @property
     def bias_name(self) -> str:
-        return "in_proj_bias" if self.param.endswith("_proj_weight") else "bias"
+        """What the module calls the bias of this tensor: `bias`, `in_proj_bias`, `bias_ih_l0`, `down_proj_bias`."""
+        if isinstance(self.module, nn.MultiheadAttention):
+            return "in_proj_bias"
+        return self.param.replace("weight", "bias") if "weight" in self.param else f"{self.param}_bias"
+
+    @property
+    def bias_rows(self) -> Rows | None:
+        """Which numbers of the bias go with this site's rows; None for all."""
+        if isinstance(self.module, nn.MultiheadAttention) and self.rows is None:  # three matrices, one packed bias
+            return Rows("qkv".index(self.param[0]) * self.module.embed_dim, self.module.embed_dim)
+        return self.rows
+
+    def bias_part(self, b: Tensor) -> Tensor:
+        """The numbers of the stored bias b that belong to this site."""
+        if self.expert is not None:
+            return b[self.expert]
+        return b if self.bias_rows is None else self.bias_rows.take(b, 0)
+
+    def bias_from(self, part: Tensor, b: Tensor) -> Tensor:
+        """The stored bias b with this site's numbers replaced, out of place."""
+        if self.expert is not None:
+            return Rows(self.expert, 1).put(b, part[None], 0)
+        return part if self.bias_rows is None else self.bias_rows.put(b, part, 0)
 
     @cached_property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in)."""
         if self.host is None:
             raise SiteError(f"'{self.path}' is not a matrix")
-        shape = self.weight.shape
-        return int(shape[0]), int(shape[1])
+        if isinstance(self.host, QuantisedHost):
+            d_out, d_in = shape(self.module)
+            return d_out if self.rows is None else self.rows.count, d_in
+        W = self.weight
+        return int(W.shape[0]), int(W.shape[1])
 
     @property
     def d_out(self) -> int:
@@ -318,8 +352,8 @@ class Site:
     @property
     def parameter_device(self) -> torch.device:
         """Where this site's module lives."""
-        p = next(self.module.parameters(), None)
-        return torch.device("cpu") if p is None else p.device
+        t = next((t for tensors in (self.module.parameters(), self.module.buffers()) for t in tensors), None)
+        return torch.device("cpu") if t is None else t.device
 
     # ------------------------------------------------------------------ shared
     def shared(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -342,12 +376,14 @@ class Site:
 
 def host_of(module: nn.Module, parent: nn.Module | None = None) -> Host | None:
     """The host of a module's own `weight`, or None where inlay knows no matrix there."""
+    if is_quantised(module):
+        return None if isinstance(parent, nn.MultiheadAttention) else QuantisedHost()
     if isinstance(parent, nn.MultiheadAttention) and isinstance(module, nn.Linear):
         return StoredHost()  # its weight is read by the parent, its forward is never called
     if isinstance(module, nn.Linear):
         return LinearHost()
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return ConvHost()
+        return ConvHost(len(module.kernel_size))
     if isinstance(module, nn.Embedding):
         return EmbeddingHost(output_scale(module)) if module.max_norm is None else None
     if type(module).__name__ == "Conv1D" and isinstance(module._parameters.get("weight"), nn.Parameter):

@@ -13,8 +13,9 @@ from torch import nn
 from inlay.core.anatomy import Anatomy, Part, anatomy
 from inlay.core.errors import SiteError, near
 from inlay.core.method import HiddenMethod, Method, ParameterMethod, TokenMethod, WeightMethod
+from inlay.core.quantised import is_quantised
 from inlay.core.rows import Rows, rows_of
-from inlay.core.sites import ConvHost, Host, LinearHost, Site, StoredHost, StoredTransposedHost, host_of
+from inlay.core.sites import Host, LinearHost, QuantisedHost, Site, StoredHost, StoredTransposedHost, host_of
 from inlay.core.towers import token_sites
 
 if TYPE_CHECKING:
@@ -150,12 +151,13 @@ class Finder:
             return
         p = module._parameters.get(part.param)
         host = site_host(self.model, part.path, part.param)
-        if host is None or p is None:
+        if host is None or (p is None and not isinstance(host, QuantisedHost)):
             raise SiteError(
                 f"'{part.path}' ({type(module).__name__}) holds no matrix that inlay can adapt: "
                 "linear, Conv1D, convolution, embedding, attention and expert tensors are known"
             )
-        stack = range(p.shape[0]) if p.dim() == 3 and not isinstance(host, ConvHost) else [None]
+        stacked = p is not None and p.dim() == 3 and isinstance(host, StoredHost | StoredTransposedHost)
+        stack: Iterable[int | None] = range(p.shape[0]) if stacked and p is not None else [None]
         for expert in stack:
             key = site_key(part.path, part.param, part.name if rows else None, expert)
             name = part.name if expert is None else f"{part.name}[{expert}]"
@@ -216,6 +218,11 @@ class Finder:
         for path, module in self.modules.items():
             if not inside(path, part.path):
                 continue
+            if is_quantised(module) and method.wants(module, "weight"):
+                raise SiteError(
+                    f"{method.label()} trains a copy of the weight of '{path}', which is quantised: leave it out with "
+                    "exclude=, or adapt it with a method that adds to it, such as LoRA"
+                )
             for name, p in module._parameters.items():
                 if p is None or not method.wants(module, name):
                     continue

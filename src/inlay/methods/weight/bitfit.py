@@ -22,7 +22,7 @@ class BitFit(ParameterMethod):
     norms: bool = option(default=True, doc="train the biases of normalisation layers as well")
 
     def wants(self, module: nn.Module, name: str) -> bool:
-        p = module._parameters[name]
+        p = module._parameters.get(name)
         is_bias = name.endswith("bias") and p is not None and p.dim() == 1
         return is_bias and (self.norms or not is_norm(module))
 

@@ -32,7 +32,7 @@ class VeRA(DeltaMethod):
     def build(self, site: Site) -> None:
         wide, tall = max(s.d_in for s in site.peers), max(s.d_out for s in site.peers)
         name = f"vera-{self.projections or f'{self.seed}-{self.r}-{tall}x{wide}'}"
-        meta = site.parameter.is_meta
+        meta = site.parameter_device.type == "meta"
         site.shared(f"{name}-A", lambda: self.draw(wide, tall, meta)[0])
         site.shared(f"{name}-B", lambda: self.draw(wide, tall, meta)[1])
         self.drawn = name
