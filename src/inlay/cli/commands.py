@@ -175,6 +175,8 @@ def fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """Recipe fields from flags, `--set` applied to the method."""
     given = given_fields(args, cls)
     if args.set:
+        if cls is CompareRecipe:
+            raise OptionError("--set is for one method: give options in the rows of the recipe")
         if not isinstance(given.get("method"), str):
             raise OptionError("--set gives options to --method: name one method there")
         given["method"] = with_options(given["method"], args.set)
@@ -182,10 +184,11 @@ def fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace) -> None:
+    from inlay.train import Bar
     from inlay.train import train as run
 
     recipe = load_recipe(args.recipe, Recipe, fields(args, Recipe))
-    trained = run(recipe)
+    trained = run(recipe, Bar(recipe.metric))
     document = {
         "output": str(trained.folder), "metrics": trained.metrics, "seconds": trained.seconds,
         "adapter_parameters": trained.adapter_parameters, "head_parameters": trained.head_parameters,

@@ -75,6 +75,7 @@ class Bottleneck(HiddenMethod):
     drop: int = option(default=0, doc="AdapterDrop: leave out the lowest blocks, this many", low=0)
     robust: bool = option(default=False, doc="AdapterDrop: leave out a random number of low blocks in training")
 
+    learning_rate: ClassVar[float] = 3e-3
     reads_input: ClassVar[bool] = False
     """Whether f acts on the module's input x rather than on its output y."""
     normed: ClassVar[bool] = False

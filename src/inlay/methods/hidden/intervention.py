@@ -23,6 +23,7 @@ class Intervention(HiddenMethod):
     answer that training appends (see `inlay.core.positions.marked_prompts` and `prompts`).
     """
 
+    learning_rate: ClassVar[float] = 1e-2
     where: ClassVar[tuple[str, ...]] = ("block",)
 
     r: int = option(default=8, doc="rank", low=1)
