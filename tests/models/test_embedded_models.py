@@ -240,6 +240,7 @@ def test_dinov2_says_what_it_is_and_sees(caplog):
     assert opened.model(pixels[:, :, :112, :112]).logits.shape == (1, 2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_dinov2_features_tell_cifar10_classes_apart():
     """Nearest neighbours in 300 images: far above chance and above raw pixels, as the parts sheet measured."""
