@@ -7,7 +7,6 @@ predicted peak is the largest number of live tensor bytes at any moment of that 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,41 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from inlay.architectures import configuration
 from inlay.core.adapter import Methods, adapt
 from inlay.core.errors import OptionError
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages alive at any moment; `peak` is the largest count. Real or fake tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: dict[int, int] = {}
-
-    def track(self, t: Tensor) -> None:
-        """Count a tensor's storage once, until it is freed."""
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if key not in self.known:
-            self.known[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, key)
-
-    def _freed(self, key: int) -> None:
-        self.now -= self.known.pop(key, 0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_iter(out):
-            if isinstance(t, Tensor):
-                self.track(t)
-        return out
 
 
 @dataclass(frozen=True)
@@ -120,7 +88,7 @@ def plan(
 @contextmanager
 def fake() -> Iterator[None]:
     """Tensors have shapes and no storage, for as long as the context lasts."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         yield
@@ -128,8 +96,8 @@ def fake() -> Iterator[None]:
 
 def skeleton(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
     """A model of that configuration for the task, of fake tensors when made inside `fake()`."""
-    import transformers  # noqa: PLC0415
-    from transformers.initialization import no_init_weights  # noqa: PLC0415
+    import transformers
+    from transformers.initialization import no_init_weights
 
     auto = {
         "causal-lm": transformers.AutoModelForCausalLM,
@@ -146,11 +114,13 @@ def skeleton(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
 
 def step_bytes(model: nn.Module, config: Any, task: str, batch: int, length: int, checkpointing: bool) -> int:
     """Largest number of live bytes during one training step with AdamW."""
+    from inlay.train.measure import Watch
+
     if checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    live = LiveBytes()
+    live = Watch(set())
     for t in (*model.parameters(), *model.buffers()):
-        live.track(t)
+        live.add(t.untyped_storage())
     with live:
         inputs = example(config, task, batch, length)
         trained = [p for p in model.parameters() if p.requires_grad]

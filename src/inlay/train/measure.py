@@ -19,8 +19,8 @@ def saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> tuple
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -49,7 +49,7 @@ class Watch(TorchDispatchMode):
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self.live or storage.data_ptr() in self.known:
+        if key in self.live or key in self.known:
             return
 
         def gone(_: Any) -> None:
@@ -62,13 +62,14 @@ class Watch(TorchDispatchMode):
 
 
 def storages(tensors: Iterable[Tensor]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tensors}
+    """Identities of the tensors' storages; those without data (fake tensors, symbolic zeros) have one too."""
+    return {t.untyped_storage()._cdata for t in tensors}
 
 
 def resident(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, trained ones and adapters' frozen ones included, shared storages once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def step_memory(forward: Callable[[], Tensor], model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
