@@ -12,6 +12,7 @@ import inlay
 from inlay.core.errors import OptionError, SiteError
 from inlay.methods import Houlsby, LinAdapter, LoRA, ParallelAdapter, Pfeiffer
 from inlay.methods.hidden.bottleneck import leave_out
+from inlay.train.state import load_into, snapshot
 
 METHODS = [Houlsby(r=4), Pfeiffer(r=4), ParallelAdapter(r=4), LinAdapter(r=4)]
 
@@ -19,7 +20,8 @@ METHODS = [Houlsby(r=4), Pfeiffer(r=4), ParallelAdapter(r=4), LinAdapter(r=4)]
 def need_gradients(name, model, inputs) -> list[bool]:
     """Which blocks' outputs are part of the backward pass."""
     found = []
-    handles = [b.register_forward_hook(lambda m, a, out: found.append(out[0].requires_grad)) for b in blocks(name, model)]
+    watch = lambda module, args, output: found.append(output[0].requires_grad)
+    handles = [block.register_forward_hook(watch) for block in blocks(name, model)]
     model(**inputs)
     for handle in handles:
         handle.remove()
@@ -113,12 +115,12 @@ def test_an_interrupted_run_goes_on_with_its_draws():
     model = base("bert")
     piece = inlay.adapt(model, Pfeiffer(r=4, robust=True), head=None)
     list(draws(model, piece, 5))
-    state = model.state_dict()
+    state = snapshot(model.inlay.adapters["default"])
     expected = list(draws(model, piece, 20))
     assert len(set(expected)) == 3
     again = base("bert")
     other = inlay.adapt(again, Pfeiffer(r=4, robust=True), head=None)
-    again.load_state_dict(state)
+    load_into(again.inlay.adapters["default"], state)
     assert list(draws(again, other, 20)) == expected
 
 

@@ -15,7 +15,8 @@ from inlay.core.merge import merge
 from inlay.methods import IA3, Houlsby, LinAdapter, LoRA, NormTuning, ParallelAdapter, Pfeiffer
 
 METHODS = [Houlsby(r=4), Pfeiffer(r=4), ParallelAdapter(r=4), LinAdapter(r=4)]
-O = {"bert": "attention.output.dense", "gpt2": "attn.c_proj", "llama": "self_attn.o_proj", "vit": "attention.o_proj"}
+OUT = {"bert": "attention.output.dense", "gpt2": "attn.c_proj", "llama": "self_attn.o_proj",
+       "vit": "attention.o_proj"}  # fmt: skip
 DOWN = {"bert": "output.dense", "gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "vit": "mlp.fc2"}
 BLOCKS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h", "llama": "model.layers", "vit": "vit.layers"}
 
@@ -37,7 +38,7 @@ def test_houlsby_and_pfeiffer_are_series_adapters(name, act):
         found = by_site(piece)
         assert len(found) == (6 if isinstance(method, Houlsby) else 3)
         for (depth, attention), p in found.items():
-            path = f"{BLOCKS[name]}.{depth}.{(O if attention else DOWN)[name]}"
+            path = f"{BLOCKS[name]}.{depth}.{(OUT if attention else DOWN)[name]}"
             then(oracle, path, lambda x, y, p=p: y + dense_bottleneck(p, y, ACTS[act]))
         inputs = batch(name)
         torch.testing.assert_close(model(**inputs).logits, oracle(**inputs).logits, atol=2e-5, rtol=2e-5)

@@ -16,6 +16,7 @@ STACKS = {  # all of them at once: each is compiled and recomputed, and they are
         LoReFT(r=3, positions=EDITS),
     ],
     "llama": [
+        LoReFT(r=3, positions=EDITS).on("mlp.down"),
         Houlsby(r=4, robust=True), Pfeiffer(r=4, drop=1), ParallelAdapter(r=4), LinAdapter(r=4),
         LoReFT(r=3, positions=EDITS), LoReFT(r=3, positions=EDITS, tied=False), DiReFT(r=3, positions="all"),
     ],

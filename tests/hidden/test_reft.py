@@ -22,7 +22,7 @@ def outputs(name, model, inputs):
     """The output of every block."""
     found = []
     handles = [
-        b.register_forward_hook(lambda m, a, out: found.append((out if isinstance(out, torch.Tensor) else out[0])))
+        b.register_forward_hook(lambda m, a, out: found.append(out if isinstance(out, torch.Tensor) else out[0]))
         for b in blocks(name, model)
     ]
     model(**inputs)

@@ -10,7 +10,7 @@ from peft_bases import BASES
 from peft_checks import both_ways, from_inlay
 
 import inlay
-from inlay.methods import BitFit, DoRA, LoRA
+from inlay.methods import BitFit, DoRA, Full, LoRA
 
 LORA = {
     "bert": ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
@@ -68,7 +68,9 @@ LORA = {
     "dora-gpt2": ("gpt2", {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True}),
     "dora-conv": ("conv", {"target_modules": ["one", "two", "point", "three"], "use_dora": True}),
     "dora-embedding": ("llama", {"target_modules": ["embed_tokens", "o_proj"], "use_dora": True}),
-    "dora-patterns": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_dora": True, "rank_pattern": {"v_proj": 1}}),
+    "dora-patterns": (
+        "llama", {"target_modules": ["q_proj", "v_proj"], "use_dora": True, "rank_pattern": {"v_proj": 1}},
+    ),
     "bias-only": ("bert", {"target_modules": ["query"], "bias": "lora_only"}),
     "bias-all": ("bert", {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
     "bias-all-bare": ("roberta", {"target_modules": ["query"], "bias": "all"}),
@@ -106,6 +108,7 @@ OURS = {
     "experts": ("mixtral", LoRA(r=2), ["experts.gate_up_proj", "q_proj"], {}),
     "attention": ("attention", LoRA(r=2), ["attn.in_proj_weight"], {}),
     "dora": ("resnet", DoRA(of=LoRA(r=2)), ["convolution"], {}),
+    "norms-whole": ("bert", [LoRA(r=2).on("query"), Full().on("LayerNorm")], None, {"head": None}),
     "biases": ("bert", [LoRA(r=2).on("query"), BitFit()], None, {}),
     "biases-here": ("bert", [LoRA(r=2).on("query"), BitFit().on("query")], None, {}),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from peft_checks import both_ways, close, from_inlay, peft_folder, peft_output, 
 from safetensors.torch import load_file, save_file
 
 import inlay
+from inlay.core.errors import CheckpointError
 from inlay.interop.peft import read, write
 from inlay.methods import IA3, BitFit, Full, NormTuning, VeRA
 from inlay.methods.weight.vera import projections
@@ -78,9 +79,9 @@ def test_vera_projections_that_contradict_the_configuration(tmp_path: Path) -> N
     with quiet():
         peft_folder(BASES["bert"], peft.VeraConfig(r=4, target_modules=["query"]), tmp_path)
     config = tmp_path / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"projection_prng_key": 9}))
-    with pytest.raises(inlay.core.errors.CheckpointError, match="save_projection"):
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"save_projection": False}))
+    changed = {"projection_prng_key": 9, "save_projection": False}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    with pytest.raises(CheckpointError, match="save_projection"):
         read(BASES["bert"](), tmp_path)
 
 

@@ -111,6 +111,7 @@ def test_missing_field(folder: Path, name: str) -> None:
         ("target_modules", ["query", "value", "key"], "lacks the tensor.*key.lora_A"),
         ("modules_to_save", ["classifier", "pooler"], "lacks the tensor 'bert.pooler"),
         ("modules_to_save", None, "does not account for"),
+        ("target_modules", "*query", "no regular expression"),
         ("brand_new", {"rho": 2}, "does not know the field 'brand_new'"),
     ],
 )
@@ -137,6 +138,16 @@ def test_missing_and_misshapen_tensors(folder: Path) -> None:
     refused(folder, "lacks the tensor")
     save_file(tensors | {name: torch.ones(17, 4)}, folder / TENSORS)
     refused(folder, r"\(17, 4\), this model needs \(16, 4\)")
+    save_file(tensors | {name: torch.ones(4)}, folder / TENSORS)
+    refused(folder, "a matrix is needed")
+
+
+def test_experts_of_another_base(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    peft_folder(BASES["mixtral"], config, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    save_file({k: t[:4] if "lora_A" in k else t for k, t in tensors.items()}, tmp_path / TENSORS)
+    refused(tmp_path, "none of 3 matrices", base="mixtral")
 
 
 def test_another_base(folder: Path) -> None:
@@ -355,6 +366,6 @@ def test_every_field_of_the_installed_peft_is_accounted_for(kind: str) -> None:
 
 def test_the_table_covers_every_family() -> None:
     rows = support()
-    assert {row["peft_type"] for row in rows} == set(FAMILIES)
+    assert {row["peft_type"] for row in rows} == {*FAMILIES, "any other"}
     assert all(row["note"] for row in rows if row["use"] in ("refused", "no effect") or not row["field"])
     assert NormTuning.__name__ in next(r["note"] for r in rows if r["peft_type"] == "LN_TUNING" and not r["field"])

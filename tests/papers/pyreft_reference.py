@@ -60,9 +60,9 @@ def case(model, ids, mask, intervention, tied):
     for i, part in enumerate(parts):
         own = part["intervention"]
         rotation = own.rotate_layer.weight.T if "rotate_layer" in own._modules else own.proj_layer.weight
-        found |= {f"{i}.R": rotation.detach(), f"{i}.W": own.learned_source.weight.detach(),
-                  f"{i}.b": own.learned_source.bias.detach(),
-                  f"{i}.W.grad": own.learned_source.weight.grad, f"{i}.b.grad": own.learned_source.bias.grad}  # fmt: skip
+        W, b = own.learned_source.weight, own.learned_source.bias
+        found |= {f"{i}.R": rotation.detach(), f"{i}.W": W.detach(), f"{i}.b": b.detach(),
+                  f"{i}.W.grad": W.grad, f"{i}.b.grad": b.grad}  # fmt: skip
     row = {"input_ids": ids[:1], "attention_mask": mask[:1]}
     places = {"sources->base": (None, [[rows[0]] for rows in where])}
     _, tokens = reft.generate(row, unit_locations=places, intervene_on_prompt=True, max_new_tokens=8, do_sample=False,

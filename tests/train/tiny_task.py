@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-WORDS = "red green blue cat dog bird runs sleeps sings near under over the a".split()
+WORDS = ["red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "sings", "near", "under", "over", "the", "a"]
 LABELS = {"cat": "feline", "dog": "canine", "bird": "avian"}
 
 

@@ -57,6 +57,13 @@ class Reading:
         t = self.left.pop(key)
         return t.to(self.dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
+    def matrix(self, key: str) -> Tensor:
+        """The same for a tensor with rows and columns; kernels are flattened to them."""
+        t = self.take(key)
+        if t.dim() < 2:
+            raise CheckpointError(f"{self.folder}: '{key}' is {tuple(t.shape)}, a matrix is needed")
+        return t.flatten(1)
+
     def targets(self) -> list[str]:
         """Modules that the configuration names; SiteError with near misses when there is none."""
         targets = Targets.of(self.config)

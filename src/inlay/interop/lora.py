@@ -99,7 +99,7 @@ class LoraFamily(Family):
         if reason:
             raise CheckpointError(f"{reading.folder}: '{path}' cannot be read: {reason}")
         names = ("lora_embedding_A", "lora_embedding_B") if site.is_embedding else ("lora_A.weight", "lora_B.weight")
-        A, B = (layout.from_kernel(reading.take(f"{path}.{name}")) for name in names)
+        A, B = (reading.matrix(f"{path}.{name}") for name in names)
         tensors = {"A": A, "B": B}
         if f"{path}.lora_B.bias" in reading.left:
             bias = reading.take(f"{path}.lora_B.bias")
@@ -125,7 +125,12 @@ class LoraFamily(Family):
             raise CheckpointError(
                 f"{reading.folder}: target_parameters '{full}' is no linear weight and no stack of them"
             )
-        A, B = reading.take(f"{key}.lora_A.weight"), reading.take(f"{key}.lora_B.weight")
+        A, B = reading.matrix(f"{key}.lora_A.weight"), reading.matrix(f"{key}.lora_B.weight")
+        if A.shape[0] != B.shape[1] or A.shape[0] % len(sites):
+            raise CheckpointError(
+                f"{reading.folder}: factors {tuple(A.shape)} and {tuple(B.shape)} of '{full}' are none of {len(sites)} "
+                "matrices: wrong base?"
+            )
         matrices = layout.split(A, B, len(sites)) if sites[0].expert is not None else [(A, B)]
         for site, (a, b) in zip(sites, matrices, strict=True):
             yield Part(self.spec_at(reading, spec, full, a, site), site, {"A": a, "B": b})

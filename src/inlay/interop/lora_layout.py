@@ -55,11 +55,6 @@ def conv_differs(module: nn.Module) -> str:
     return ""
 
 
-def from_kernel(t: Tensor) -> Tensor:
-    """A factor as a matrix: kernels are flattened."""
-    return t.flatten(1)
-
-
 def kernel_like(t: Tensor, module: nn.Module, spread: bool) -> Tensor:
     """A factor as PEFT's layer has it: A with the base's kernel (`spread`), B with a kernel of ones."""
     if not isinstance(module, CONVOLUTIONS):

@@ -6,6 +6,7 @@ naming the field and the reason. `support()` lists both.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,14 @@ from inlay.core.errors import CheckpointError, OptionError, near
 from inlay.core.head import Head
 from inlay.core.method import Method, Placement
 from inlay.core.mount import Level
-from inlay.core.where import Finder, inside
+from inlay.core.where import inside
 from inlay.interop import saved
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import check
 from inlay.interop.folder import CONFIG, open_folder, save_folder
 from inlay.interop.ia3 import IA3Family
 from inlay.interop.lora import LoraFamily
-from inlay.interop.matching import TASK_HEADS, task_of
+from inlay.interop.matching import TASK_HEADS, saved_modules, task_of
 from inlay.interop.norms import NormFamily
 from inlay.interop.prompts import KEY, PrefixFamily, PromptFamily
 from inlay.interop.vera import VeraFamily
@@ -69,6 +70,8 @@ def read(model: nn.Module, folder: str | Path, name: str | None = None) -> Adapt
         parts += [*saved.read_biases(reading), *saved.read_embeddings(reading)]
     except OptionError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    except re.error as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error.pattern!r} is no regular expression: {error}") from error
     if reading.left:
         raise CheckpointError(
             f"{folder} has {len(reading.left)} tensors that its configuration does not account for in this "
@@ -106,7 +109,7 @@ def attach(reading: Reading, parts: Sequence[Part], name: str) -> Adapter:
         discard(model)
         raise
     build_sites(model, inlay, name, [(part.method, part.site) for part in parts], seed=0)
-    heads = tuple(h for h in find_head(Finder(model)) if any(heads_at(part, h) for part in parts))
+    heads = tuple(h for h in find_head(reading.finder) if any(heads_at(part, h) for part in parts))
     where = sorted({part.site.path for part in parts if not isinstance(part.method, Head | BitFit)})
     placements = [Placement(method) for method in representative(parts)]
     adapter = Adapter(model, name, placements, heads, reading.dtype, list(where), {}, 0)
@@ -204,8 +207,9 @@ def describe(writing: Writing, family: Family) -> dict[str, Any]:
     """The fields that all PEFT configurations have."""
     model = writing.model
     task = task_of(model)
-    if task in TASK_HEADS and not writing.saved:
-        task = None  # PEFT would expect a trained head
+    held = saved_modules(model, writing.saved)
+    if not set(saved_modules(model, TASK_HEADS.get(task or "", ()))) <= set(held):
+        task = None  # PEFT would expect the head in the folder
     origin = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {
         "peft_type": family.peft_type,
@@ -222,7 +226,9 @@ def describe(writing: Writing, family: Family) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the support table
 def support() -> list[dict[str, str]]:
     """What is read, written and refused: one row per PEFT method (field "") and one per field of its configuration."""
-    rows = []
+    rows = [
+        {"peft_type": "any other", "field": "", "use": "refused", "note": "no method of inlay corresponds to it yet"}
+    ]
     for kind, family in FAMILIES.items():
         rows.append({"peft_type": kind, "field": "", "use": "read and written", "note": family.note})
         rows += [{"peft_type": kind, "field": f.name, "use": f.use, "note": f.why} for f in family.fields]

@@ -117,10 +117,11 @@ def prefix_like(keys: Tensor, values: Tensor) -> Tensor:
 
 def virtual_tokens(reading: Reading) -> int:
     """p; refused for encoder-decoders, whose two towers PEFT feeds from one tensor."""
-    if (reading.config["num_transformer_submodules"] or 1) != 1 or encodes_and_decodes(reading.model):
+    towers = reading.config["num_transformer_submodules"]
+    if (towers or 1) != 1 or encodes_and_decodes(reading.model):
         raise CheckpointError(
-            f"{reading.folder}: 'num_transformer_submodules' = {reading.config['num_transformer_submodules']} cannot be "
-            "read: PEFT splits one tensor between encoder and decoder"
+            f"{reading.folder}: 'num_transformer_submodules' = {towers} cannot be read: of an encoder-decoder PEFT "
+            "feeds two towers from one tensor"
         )
     return reading.config["num_virtual_tokens"]
 

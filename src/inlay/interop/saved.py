@@ -14,7 +14,7 @@ from inlay.core.head import Head
 from inlay.core.method import ParameterMethod
 from inlay.core.mount import Level
 from inlay.core.sites import Site
-from inlay.core.where import Finder, inside
+from inlay.core.where import inside
 from inlay.interop.family import Part, Reading, Writing, cannot
 from inlay.interop.matching import modules, saved_modules
 from inlay.methods.weight.bitfit import BitFit
@@ -24,7 +24,7 @@ from inlay.methods.weight.full import Full
 # ---------------------------------------------------------------------- whole modules
 def read_modules(reading: Reading) -> list[Part]:
     """`modules_to_save`: the task head as Head, other modules as Full. PEFT copies a module, so ties end at it."""
-    heads = find_head(Finder(reading.model))
+    heads = find_head(reading.finder)
     parts = []
     for path in saved_modules(reading.model, reading.config["modules_to_save"] or ()):
         is_head = any(inside(path, head) for head in heads)
@@ -43,16 +43,13 @@ def read_module(reading: Reading, path: str, method: ParameterMethod, key: str) 
                 f"{reading.folder}: the buffer '{path}.{name}' was changed in training (running statistics), and inlay "
                 "leaves the base's buffers as they are"
             )
-    sites = {site.key: site for site in trained_sites(reading.model, path, method, reading.dtype)}
+    # ties that leave the module are not followed: PEFT trains a copy of it
+    found = reading.finder.sites(method, ["re:" + re.escape(path)], reading.dtype)
+    sites = {site.key: site for site in found if inside(site.path, path)}
     values: dict[str, Tensor] = {}
     for name, _ in module.named_parameters(remove_duplicate=False):
         values[f"{path}.{name}"] = reading.take(f"{key}.{name}")
     return [Part(method, site, {"value": values[name]}) for name, site in sites.items()]
-
-
-def trained_sites(model: nn.Module, path: str, method: ParameterMethod, dtype: torch.dtype) -> list[Site]:
-    """The parameters inside a module that a method trains; ties that leave the module are not followed."""
-    return [s for s in Finder(model).sites(method, ["re:" + re.escape(path)], dtype) if inside(s.path, path)]
 
 
 def write_modules(writing: Writing, levels: Sequence[Level]) -> None:

@@ -58,7 +58,7 @@ class VeraFamily(Family):
         names = ("vera_A", "vera_B")
         if not reading.config["save_projection"] and not any(name in reading.left for name in names):
             return spec
-        A, B = (reading.take(name) for name in names)
+        A, B = (reading.matrix(name) for name in names)
         if A.shape[0] != spec.r or B.shape[1] != spec.r or A.shape[1] < wide or B.shape[0] < tall:
             raise CheckpointError(
                 f"{reading.folder}: projections {tuple(A.shape)} and {tuple(B.shape)} do not fit modules of up to "

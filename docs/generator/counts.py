@@ -1,0 +1,47 @@
+"""Trained parameters of every method on well-known architectures, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import inlay
+from inlay.architectures import configuration
+from inlay.core.errors import InlayError
+from inlay.core.method import method_from
+from inlay.plan import fake, skeleton
+
+ARCHITECTURES = ("roberta-base", "gpt2-medium", "llama-7b", "vit-base")
+
+
+@dataclass(frozen=True)
+class Count:
+    """What `inlay plan` says of a method with its defaults, or why it cannot be attached."""
+
+    sites: int = 0
+    adapter: int = 0
+    head: int = 0
+    base: int = 0
+    refused: str = ""
+
+
+def counts(arch: str, methods: list[str]) -> dict[str, Count]:
+    """The counts of `inlay.plan.plan(arch, method, memory=False)`, on one skeleton for all methods."""
+    config, task = configuration(arch)
+    with fake():
+        model = skeleton(config, task, torch.float32)
+        return {text: count(model, text) for text in methods}
+
+
+def count(model: torch.nn.Module, text: str) -> Count:
+    try:
+        adapter = inlay.adapt(model, text)
+    except InlayError as error:
+        return Count(refused=str(error).replace(method_from(text).label(), "the method"))
+    found = Count(
+        sum(not level.head for level in adapter.levels),
+        adapter.adapter_parameters, adapter.head_parameters, adapter.base_parameters,
+    )  # fmt: skip
+    inlay.detach(model)
+    return found

@@ -1,0 +1,197 @@
+"""One page per method, and their index."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from inlay.catalogue import describe
+from inlay.core.method import REGISTRY, Method, method_class
+from inlay.core.options import Option, options
+from inlay.interop.peft import FAMILIES
+
+from .counts import ARCHITECTURES, Count
+from .markdown import HEADER, Notes, code, linked, table
+from .measure import Cell
+
+KINDS = {
+    "input": "what goes into the model: pixels",
+    "tokens": "the token sequence, keys and values",
+    "hidden": "activations that enter or leave a module",
+    "weight": "frozen tensors",
+    "gradient": "gradients and the optimiser's state",
+    "schedule": "the course of training",
+    "output": "logits or features",
+}
+"""What a method of each kind acts on, in the order in which data pass."""
+
+Counts = dict[str, dict[str, Count]]
+
+SNIPPET = """\
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import inlay
+from inlay.methods import {imports}
+
+config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+model = BertForSequenceClassification(config)  # a small random one; any pretrained model goes here
+adapter = inlay.adapt(model, {call})
+print(adapter)
+
+optimizer = torch.optim.AdamW(adapter.parameters(), lr={rate:g})
+ids, labels = torch.randint(100, (8, 16)), torch.randint(2, (8,))
+for _ in range(3):
+    loss = model(input_ids=ids, labels=labels).loss + inlay.penalty(model)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+adapter.save("adapter")
+"""
+MERGED = "adapter.merge()  # the network is an ordinary one again; adapter.unmerge() takes it back\n"
+
+
+def method_page(name: str, counts: Counts, row: dict[str, Cell]) -> str:
+    """The page of one method; `counts` by architecture and method, `row` is its row of the support matrix."""
+    cls = method_class(name)
+    about = describe(cls)
+    places = ", ".join(code(w) for w in cls.where) or "the whole model"
+    taken = [place for place, cell in row.items() if "attach" in cell.works]
+    facts = [
+        ["acts on", KINDS[cls.kind]],
+        ["paper", linked(cls.paper)],
+        ["default places", places],
+        ["learning rate", f"{cls.learning_rate:g}"],
+        ["merges", "yes" if cls.mergeable else "no"],
+        ["attaches to", ", ".join(taken) or "the task head alone"],
+        ["PEFT counterpart", ", ".join(kind for kind, family in FAMILIES.items() if family.takes(cls())) or "none"],
+    ]
+    page = f"{HEADER}# {cls.__name__}\n\n> {cls.equation()}\n\n{table(['', ''], facts)}\n"
+    page += linked(about["description"]) + "\n"
+    page += "\nWhat works at which kind of place: [support](../support.md).\n"
+    page += shared_text(cls) + option_table(cls) + composes(cls) + size(name, counts)
+    page += "\n## In Python\n\n```python\n" + snippet(cls) + "```\n"
+    return page + "\n## On the command line\n\n" + command_lines(cls, counts)
+
+
+def shared_text(cls: type[Method]) -> str:
+    """What an abstract class of `inlay.methods` says about all its methods."""
+    page = ""
+    for base in cls.__mro__[1:]:
+        if base.__module__.startswith("inlay.methods") and inspect.isabstract(base):
+            equation, _, text = (inspect.getdoc(base) or "").partition("\n")
+            page += f"\nShared with {', '.join(siblings(base, cls))}:\n\n> {equation}\n\n{linked(text.strip())}\n"
+    return page
+
+
+def siblings(base: type, cls: type[Method]) -> list[str]:
+    found = [c for _, c in sorted(REGISTRY.items()) if issubclass(c, base) and c is not cls]
+    return [f"[{c.__name__}]({c.name()}.md)" for c in found]
+
+
+def option_table(cls: type[Method]) -> str:
+    found = options(cls)
+    if not found:
+        return "\n## Options\n\nNone.\n"
+    rows = [[code(o.name), code(o.type_name), code(shown(o.default)), span(o), o.doc] for o in found.values()]
+    return "\n## Options\n\n" + table(["option", "type", "default", "range", ""], rows)
+
+
+def shown(value: Any) -> str:
+    return f"{type(value).__name__}()" if isinstance(value, Method) else repr(value)
+
+
+def span(o: Option) -> str:
+    """The range of an option in words."""
+    if o.low is not None and o.high is not None:
+        return f"{o.low:g} to {o.high:g}"
+    return f"at least {o.low:g}" if o.low is not None else f"at most {o.high:g}" if o.high is not None else ""
+
+
+def composes(cls: type[Method]) -> str:
+    """Which methods it takes as an option, and which take it."""
+    lines = []
+    for o in options(cls).values():
+        if isinstance(o.default, Method):
+            fits = [(n, c) for n, c in sorted(REGISTRY.items()) if issubclass(c, o.type)]
+            listed = ", ".join(f"[`{o.name}={c.__name__}()`]({n}.md)" for n, c in fits)
+            lines.append(f"`{o.name}` takes any method with a structured update: {listed}.")
+    for _, other in sorted(REGISTRY.items()):
+        for o in options(other).values():
+            if isinstance(o.default, Method) and issubclass(cls, o.type):
+                call = f"`{other.__name__}({o.name}={cls.__name__}())`"
+                lines.append(f"Fits into [{other.__name__}]({other.name()}.md): {call}.")
+    return "\n## Made of methods\n\n" + "\n\n".join(lines) + "\n" if lines else ""
+
+
+def size(name: str, counts: Counts) -> str:
+    """Trained parameters on known architectures, with defaults, and of what it is made of."""
+    notes, rows = Notes(), []
+    formula = " ".join((method_class(name).count.__doc__ or "").split())
+    for text in [text for text in counts[ARCHITECTURES[0]] if text.partition("(")[0] == name]:
+        for arch in ARCHITECTURES:
+            c = counts[arch][text]
+            numbers = ["–", "–", "– " + notes.mark(c.refused)] if c.refused else [
+                f"{c.sites:,}", f"{c.adapter:,}", f"{100 * c.adapter / c.base:.3f} %",
+            ]  # fmt: skip
+            rows.append([code(text), arch, *numbers])
+    page = "\n## Size\n\nTrained parameters with defaults, the task head not counted."
+    page += f" At one site: {formula}" if formula else ""
+    page += "\n\n" + table(["method", "architecture", "sites", "parameters", "of the base"], rows)
+    return page + ("\n" + notes.listed() if notes.texts else "")
+
+
+# ---------------------------------------------------------------------- code
+def first_option(cls: type[Method]) -> Option | None:
+    """The option to show: the first whole number, else the first plain one that the class itself declares."""
+    found, own = list(options(cls).values()), inspect.get_annotations(cls)
+    plain = [o for o in found if o.name in own and (o.type in (float, bool) or isinstance(o.default, Method))]
+    return next(iter([o for o in found if o.type is int] + plain), None)
+
+
+def snippet(cls: type[Method]) -> str:
+    o = first_option(cls)
+    imports = sorted({cls.__name__, *([type(o.default).__name__] if o and isinstance(o.default, Method) else [])})
+    call = f"{cls.__name__}({o.name}={shown(o.default)})" if o else f"{cls.__name__}()"
+    text = SNIPPET.format(imports=", ".join(imports), call=call, rate=cls.learning_rate)
+    return text + (MERGED if cls.mergeable else "")
+
+
+def command_lines(cls: type[Method], counts: Counts) -> str:
+    """Commands that are run where they are cheap."""
+    o = first_option(cls)
+    chosen = ""
+    if o is not None:
+        value = o.default.name() if isinstance(o.default, Method) else str(o.default).lower()
+        chosen = f" --set {o.name}={value}"
+    arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
+    train = f"inlay train --model minilm --data trec --method {cls.name()}{chosen} --output runs/{cls.name()}"
+    return (
+        f"```bash\ninlay plan --arch {arch} --method {cls.name()}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"
+        f"<!-- not run: fetches a model and a data set -->\n```bash\n{train}\n```\n"
+    )
+
+
+# ---------------------------------------------------------------------- index
+def index(counts: Counts) -> str:
+    page = HEADER + (
+        "# Methods\n\nBy what they act on. Sizes are trained parameters on roberta-base with defaults, no head.\n"
+        "What works at which kind of place: [support](../support.md).\n"
+    )
+    for kind, what in KINDS.items():
+        found = [cls for _, cls in sorted(REGISTRY.items()) if cls.kind == kind]
+        if not found:
+            continue
+        rows = [
+            [f"[{cls.__name__}]({cls.name()}.md)", cls.equation(), linked(cls.paper), size_of(counts, cls),
+             "yes" if cls.mergeable else "no"]
+            for cls in found
+        ]  # fmt: skip
+        page += f"\n## {kind}: {what}\n\n" + table(["method", "equation", "paper", "parameters", "merges"], rows)
+    return page
+
+
+def size_of(counts: Counts, cls: type[Method]) -> str:
+    c = counts[ARCHITECTURES[0]][cls.name()]
+    return "–" if c.refused else f"{c.adapter:,}"

@@ -1,0 +1,190 @@
+"""One small network per type of site: what the support matrix is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """A type of site, a network that has it, and the patterns that name it there."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Inputs]
+    where: tuple[str, ...] | None
+    """None: each method's own default places."""
+    what: str = ""
+
+    def model(self) -> nn.Module:
+        """A fresh copy, always with the same numbers."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(7)
+            model = self.build()
+            for p in model.parameters():
+                if p.is_floating_point() and p.dim() == 1:  # nothing may hide behind a zero bias or a unit scale
+                    p.data += 0.1 * torch.randn_like(p)
+        return model.eval()
+
+    def feed(self) -> Inputs:
+        """The same inputs every time, `ROWS` rows."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(11)
+            return self.inputs()
+
+
+class Single(nn.Module):
+    """One module between two pointwise maps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.attn(x, x, x, need_weights=False)[0])
+
+
+class Experts(nn.Module):
+    """Every expert on every token, averaged: a stack (experts, out, in) in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(0.4 * torch.randn(3, 12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bti,eoi->bteo", x, self.up).tanh().mean(2)
+
+
+class PackedAttention(nn.Module):
+    """One projection for queries, keys and values, as timm's vision transformers write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(8), PackedAttention(), nn.LayerNorm(8), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """One transformer block in timm's spelling, so that its parts have neutral names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.norm = nn.Sequential(Block()), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(x))
+
+
+class Int8Linear(nn.Module):
+    """A linear layer stored as 8-bit integers and one scale per row."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        W = torch.randn(d_out, d_in) * d_in**-0.5
+        scale = W.abs().amax(1, keepdim=True) / 127
+        self.in_features, self.out_features = d_in, d_out
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (W / scale).round().to(torch.int8))
+        self.bias = nn.Parameter(torch.zeros(d_out))
+
+    def dequantize(self) -> Tensor:
+        return self.get_buffer("weight") * self.get_buffer("scale")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize(), self.bias)
+
+
+def conv1d_of_transformers() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Single(Conv1D(12, 8))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        ),
+        add_pooling_layer=False,
+    )  # fmt: skip
+
+
+def vectors(*shape: int) -> Callable[[], Inputs]:
+    return lambda: {"x": torch.randn(ROWS, *shape)}
+
+
+def ids(name: str) -> Callable[[], Inputs]:
+    return lambda: {name: torch.randint(3, 11, (ROWS, 6))}
+
+
+def single(kind: type[nn.Module], *args: int, **options: int | str) -> Callable[[], nn.Module]:
+    return lambda: Single(kind(*args, **options))
+
+
+PLACES = (
+    Place("Linear", single(nn.Linear, 8, 12), vectors(3, 8), ("inner",), "`nn.Linear`"),
+    Place("Conv1D", conv1d_of_transformers, vectors(3, 8), ("inner",), "transformers' `Conv1D` (GPT-2)"),
+    Place("Conv1d", single(nn.Conv1d, 4, 6, 3, stride=2, padding=1), vectors(4, 9), ("inner",), "`nn.Conv1d`"),
+    Place(
+        "Conv2d", single(nn.Conv2d, 4, 6, 3, padding="same", groups=2), vectors(4, 6, 5), ("inner",),
+        "`nn.Conv2d`, here with groups",
+    ),
+    Place("Conv3d", single(nn.Conv3d, 2, 4, 3, dilation=2), vectors(2, 6, 5, 6), ("inner",), "`nn.Conv3d`"),
+    Place("embedding", single(nn.Embedding, 11, 12), ids("x"), ("inner",), "`nn.Embedding`"),
+    Place(
+        "packed", Transformer, vectors(5, 8), ("attn.q", "attn.v"),
+        "queries and values of one packed query-key-value matrix",
+    ),
+    Place("MHA", Attending, vectors(5, 8), ("attn",), "`nn.MultiheadAttention`, in- and out-projections"),
+    Place(
+        "experts", lambda: Single(Experts()), vectors(3, 8), ("inner.up",),
+        "stacks of experts held in one three-dimensional parameter",
+    ),
+    Place("quantised", lambda: Single(Int8Linear(8, 12)), vectors(3, 8), ("inner",), "a linear layer stored in 8 bits"),
+    Place("norm", single(nn.LayerNorm, 12), vectors(3, 12), ("inner",), "a normalisation layer"),
+    Place("block", Transformer, vectors(5, 8), ("block",), "the hidden state that leaves a transformer block"),
+    Place("tokens", bert, ids("input_ids"), None, "the token sequence and the attentions that read it"),
+)  # fmt: skip

@@ -1,0 +1,112 @@
+"""Which methods meet which benches: everything in the registry, in several settings, and methods made of methods."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+import inlay
+from inlay.core.adapter import Adapter
+from inlay.core.method import (
+    REGISTRY,
+    HiddenMethod,
+    Method,
+    ParameterMethod,
+    TokenMethod,
+    WeightMethod,
+    method_class,
+    method_from,
+)
+from laws.benches import Bench, benches
+
+SETTINGS: dict[str, list[str]] = {
+    "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
+    "vera": ["vera(r=5, d_initial=0.5)"],
+    "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
+    "bitfit": ["bitfit", "bitfit(norms=false)"],
+    "houlsby": ["houlsby(r=3, init='near')"],
+    "pfeiffer": ["pfeiffer(r=3)"],
+    "paralleladapter": ["paralleladapter(r=3)"],
+    "linadapter": ["linadapter(r=3)"],
+    "loreft": ["loreft(r=2, positions='f2+l1')", "loreft(r=2, init='paper', positions='all')"],
+    "direft": ["direft(r=2, positions='f2+l1')"],
+    "prompttuning": ["prompttuning(tokens=3)"],
+    "prefixtuning": ["prefixtuning(tokens=3)", "prefixtuning(tokens=2, reparameterize=true, hidden=6)"],
+}
+"""Small settings by method; a method that is not listed runs with its defaults."""
+
+
+@cache
+def methods() -> tuple[Method, ...]:
+    """Every registered method in each of its settings."""
+    method_class("lora")  # registers all
+    return tuple(method_from(text) for name in REGISTRY for text in SETTINGS.get(name, [name]))
+
+
+def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
+    """Where a method of that family goes on a bench, empty for its own places; None where the bench has none."""
+    if isinstance(method, ParameterMethod):
+        return bench.tensors or None
+    if isinstance(method, WeightMethod):
+        return bench.where or None
+    if isinstance(method, HiddenMethod):
+        return bench.hidden or None
+    if isinstance(method, TokenMethod):
+        return () if bench.tokens else None
+    return () if bench.name == "classifier" else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a bench in a dtype."""
+
+    method: Method
+    bench: Bench
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.label()} @ {self.bench.name}"
+
+    def model(self) -> nn.Module:
+        return model_of(self.bench, self.dtype)
+
+    def feed(self) -> dict:
+        return self.bench.feed(self.dtype)
+
+    def attach(self, model: nn.Module, name: str = "default", seed: int = 0) -> Adapter:
+        """The method on this bench; trained tensors in float32, or in float64 on a float64 base."""
+        where = places(self.method, self.bench) or None
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return inlay.adapt(model, self.method, where, name=name, dtype=wide, seed=seed)
+
+
+@cache
+def _template(name: str, dtype: torch.dtype) -> nn.Module:
+    return benches()[name].model(dtype)
+
+
+def model_of(bench: Bench, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A fresh copy of a bench's model, always with the same numbers."""
+    return copy.deepcopy(_template(bench.name, dtype))
+
+
+def cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    """Every method on every bench that has a place for it."""
+    found = [Case(m, b, dtype) for m in methods() for b in benches().values() if places(m, b) is not None]
+    if dtype == torch.float64:  # transformers' models compute parts of themselves in float32
+        found = [c for c in found if not c.bench.tokens and c.bench.name != "gpt2-qv" and c.method.mergeable]
+    return found
+
+
+@torch.no_grad()
+def stir(adapter: Adapter, seed: int = 1, by: float = 0.2) -> None:
+    """Move every trained tensor away from its start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in adapter.parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        p.add_(by * noise * (1 + p.abs().mean()))

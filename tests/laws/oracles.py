@@ -1,0 +1,116 @@
+"""Every method's equation once more, written densely in float64 and sharing nothing with the library's code.
+
+A matrix method's oracle maps (W, b) and its trained tensors to (W′, b′); that of a hidden method maps a module's input
+and output to the new output. Trained copies of base tensors need none: the check puts them into a plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from inlay.core.method import Method
+
+
+@dataclass
+class Given:
+    """What an oracle sees of a built method: its options and tensors, frozen shared ones, and what it is made of."""
+
+    name: str
+    options: dict
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor]
+    inner: Given | None = field(default=None)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+Pair = tuple[Tensor, Tensor | None]
+Rule = Callable[[Tensor, Tensor], Tensor]
+
+
+def given(method: Method, shared: dict[str, Tensor]) -> Given:
+    """Read a built method: plain tensors in float64."""
+    own = {n: p.detach().double() for n, p in method.named_parameters() if not n.startswith("of.")}
+    options, path, name = method.fields(), method.site.path, method.site.name
+    if "feedforward" in options:  # which of IA3's two equations holds is a matter of where it sits
+        options["on_input"] = any(path.endswith(n) or name.endswith(n) for n in options["feedforward"])
+    of = options.get("of")
+    wide = {n: t.double() for n, t in shared.items()}
+    return Given(method.name(), options, own, wide, None if of is None else given(of, shared))
+
+
+# ---------------------------------------------------------------------- methods on matrices
+def lora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s B A and b + s b₀, s = α/r or α/√r."""
+    r, alpha = g.options["r"], g.options["alpha"]
+    scale = alpha / r**0.5 if g.options["rank_stabilized"] else alpha / r
+    return W + scale * (g["B"] @ g["A"]), b if b is None or "b" not in g.tensors else b + scale * g["b"]
+
+
+def vera(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + diag(b) B diag(d) A, with the leading rows and columns of the shared projections."""
+    (A,) = (t for n, t in g.shared.items() if n.endswith("-A"))
+    (B,) = (t for n, t in g.shared.items() if n.endswith("-B"))
+    return W + g["b"].diag() @ B[: W.shape[0]] @ g["d"].diag() @ A[:, : W.shape[1]], b
+
+
+def dora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """m ⊙ V / ‖V‖ row by row, V = W + ΔW."""
+    assert g.inner is not None
+    V, b = ORACLES[g.inner.name](W, b, g.inner)
+    return g["m"][:, None] * V / V.norm(dim=1, keepdim=True), b
+
+
+def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """diag(l) W and l ⊙ b, or W diag(l) where the input is scaled."""
+    if g.options["on_input"]:
+        return W * g["l"][None, :], b
+    return g["l"][:, None] * W, None if b is None else g["l"] * b
+
+
+ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
+    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------- methods on activations
+def _features_last(y: Tensor) -> Tensor:
+    """A map (batch, channels, …) with its channels last; vectors as they are."""
+    return y
+
+
+def bottleneck(g: Given, of_input: bool, normed: bool = False) -> Rule:
+    """y + W_up σ(W_down h + b_down) + b_up with h the output, or the input."""
+    sigma = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[g.options["activation"]]
+
+    def rule(x: Tensor, y: Tensor) -> Tensor:
+        h = (x if of_input else y).double()
+        channels = y.dim() > 3 or (y.dim() == 3 and y.shape[-1] != g["up"].shape[0])
+        h = h.movedim(1, -1) if channels else h
+        if normed:
+            centred = h - h.mean(-1, keepdim=True)
+            h = g["gain"] * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() + g["shift"]
+        f = sigma(h @ g["down"].T + g["down_bias"]) @ g["up"].T + g["up_bias"]
+        f = g.options["scale"] * f
+        return (y.double() + (f.movedim(-1, 1) if channels else f)).to(y.dtype)
+
+    return rule
+
+
+HIDDEN: dict[str, Callable[[Given], Rule]] = {
+    "houlsby": lambda g: bottleneck(g, False),
+    "pfeiffer": lambda g: bottleneck(g, False),
+    "linadapter": lambda g: bottleneck(g, False, normed=True),
+    "paralleladapter": lambda g: bottleneck(g, True),
+}  # fmt: skip
+ELSEWHERE = {
+    "loreft": "tests/hidden/test_reft.py", "direft": "tests/hidden/test_reft.py",
+    "prompttuning": "tests/tokens/test_prompt.py", "prefixtuning": "tests/tokens/test_prefix.py",
+    "linearprobe": "has no equation but the head's", "bitfit": "copies", "full": "copies", "normtuning": "copies",
+}  # fmt: skip
+"""Where the other methods' equations are checked."""

@@ -1,0 +1,125 @@
+"""Two honest quantised linear layers, int8 with a scale and an offset per row: a tensor that stands for its numbers,
+as torchao's do, and a module that keeps codes in buffers, as most others do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laws.benches import Bench, Slot, vectors
+
+
+def encode(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (out, in) in int8, scale and offset (out, 1): W ≈ scale · (codes − offset)."""
+    low, high = W.amin(1, keepdim=True), W.amax(1, keepdim=True)
+    scale = (high - low).clamp_min(1e-8) / 255
+    offset = -128 - low / scale
+    return (W / scale + offset).round().clamp(-128, 127).to(torch.int8), scale, offset
+
+
+def decode(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return scale * (codes.to(scale.dtype) - offset)
+
+
+class Int8Tensor(torch.Tensor):
+    """A matrix kept as int8 codes; of all functions it knows `linear`, `dequantize` and moving about."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor, offset: Tensor) -> Int8Tensor:
+        made = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, device=codes.device)
+        made.codes, made.scale, made.offset = codes, scale, offset
+        return made
+
+    def dequantize(self) -> Tensor:
+        return decode(self.codes, self.scale, self.offset)
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return f"Int8Tensor{tuple(self.shape)}"
+
+    def __deepcopy__(self, memo: dict) -> Int8Tensor:
+        return nn.Parameter(Int8Tensor(self.codes.clone(), self.scale.clone(), self.offset.clone()), False)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, w, *bias = args
+            return F.linear(x, w.dequantize().to(x.dtype), *bias, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default):
+            old = args[0]
+            return Int8Tensor(old.codes, old.scale, old.offset)
+        if func is torch.ops.aten._to_copy.default:
+            old, dtype = args[0], (kwargs or {}).get("dtype")
+            return Int8Tensor(old.codes, old.scale.to(dtype), old.offset.to(dtype))
+        raise NotImplementedError(f"Int8Tensor: {func}")
+
+
+class Int8Linear(nn.Module):
+    """x Wᵀ + b with W in int8 buffers."""
+
+    def __init__(self, of: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = of.in_features, of.out_features
+        for name, t in zip(("codes", "scale", "offset"), encode(of.weight.detach()), strict=True):
+            self.register_buffer(name, t)
+        self.bias = of.bias
+
+    def dequantize(self) -> Tensor:
+        return decode(self.codes, self.scale, self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+
+
+class Packed(nn.Module):
+    """A residual network whose two large layers are quantised, one way or the other."""
+
+    def __init__(self, tensors: bool) -> None:
+        super().__init__()
+        up, down = nn.Linear(8, 12), nn.Linear(12, 8)
+        if tensors:
+            for layer in (up, down):
+                layer.weight = nn.Parameter(Int8Tensor(*encode(layer.weight.detach())), requires_grad=False)
+        self.up, self.down = (up, down) if tensors else (Int8Linear(up), Int8Linear(down))
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.down(F.gelu(self.up(x))))
+
+
+@dataclass(frozen=True)
+class PackedSlot(Slot):
+    """W as the quantised layer gives it; written by putting an ordinary linear layer in its place."""
+
+    def matrix(self, model: nn.Module) -> Tensor:
+        module = self.module(model)
+        return (module.weight if isinstance(module, nn.Linear) else module).dequantize().detach().double()
+
+    @torch.no_grad()
+    def put(self, model: nn.Module, W: Tensor, b: Tensor | None) -> None:
+        old = self.module(model)
+        dtype = model.get_submodule("out").weight.dtype
+        made = nn.Linear(W.shape[1], W.shape[0]).to(dtype)
+        made.weight.copy_(W)
+        made.bias.copy_(old.bias if b is None else b)
+        setattr(model, self.path, made)
+
+
+def benches() -> list[Bench]:
+    slots = (PackedSlot("up"), PackedSlot("down"))
+    return [
+        Bench(f"int8-{kind}", lambda tensors=kind == "tensor": Packed(tensors), vectors(4, 3, 8), slots,
+              ("up", "down"), ("up", "down"), quantised=True)
+        for kind in ("tensor", "module")
+    ]  # fmt: skip
