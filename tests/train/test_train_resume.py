@@ -224,7 +224,7 @@ def limit_files(size: int) -> None:
 
 def test_full_disk(recipe: Make, tmp_path: Path) -> None:
     """Files may not grow beyond what the first checkpoint needs; the error is clear, the run goes on afterwards."""
-    undisturbed = recipe(output=str(tmp_path / "a"), tensorboard=False)
+    undisturbed = recipe(output=str(tmp_path / "a"))
     train(undisturbed)
     disturbed = recipe(output=str(tmp_path / "b"))
     assert in_child(lambda: train(disturbed, KilledAt(5))) == -signal.SIGKILL

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from inlay.core.errors import InlayError
@@ -34,12 +36,20 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if system_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InlayError(f"the disk that holds {path.parent} is full: {path.name} was not written") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def system_error(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors gives it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def write_text(path: Path, text: str) -> None:
