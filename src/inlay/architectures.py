@@ -13,7 +13,9 @@ _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_siz
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 
 
-def _llama(hidden: int, layers: int, heads: int, inner: int, vocab: int = 32000, kv: int | None = None) -> dict[str, Any]:
+def _llama(
+    hidden: int, layers: int, heads: int, inner: int, vocab: int = 32000, kv: int | None = None
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner,
         "vocab_size": vocab, "num_key_value_heads": kv or heads,
@@ -63,9 +65,9 @@ def configuration(arch: str, labels: int = 2) -> tuple[Any, str]:
     Raises:
         OptionError: a name that is neither.
     """
-    from pathlib import Path  # noqa: PLC0415
+    from pathlib import Path
 
-    from transformers import AutoConfig  # noqa: PLC0415
+    from transformers import AutoConfig
 
     if arch in ARCHITECTURES:
         kind, task, fields = ARCHITECTURES[arch]

@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from inlay.core.errors import InlayError
 
-class ArchiveError(RuntimeError):
+
+class ArchiveError(InlayError, RuntimeError):
     """An archive cannot be had: no client, no network, no such file, or not the bytes that were expected."""
 
 

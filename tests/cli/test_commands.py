@@ -17,7 +17,9 @@ def test_methods_json_has_what_programs_need(capsys):
     status, out, _ = run(capsys, "methods", "--json")
     found = json.loads(out)
     assert status == 0
-    assert {"lora", "vera", "dora", "ia3", "bitfit", "loreft", "prompttuning", "prefixtuning"} <= {m["name"] for m in found}
+    assert {"lora", "vera", "dora", "ia3", "bitfit", "loreft", "prompttuning", "prefixtuning"} <= {
+        m["name"] for m in found
+    }
     for m in found:
         assert {"name", "site", "paper", "equation", "options", "mergeable"} <= set(m)
         assert all({"name", "type", "default", "doc"} <= set(o) for o in m["options"])
@@ -85,8 +87,27 @@ def test_an_unknown_key_in_a_recipe_lists_the_known_ones(capsys, tmp_path):
 def test_listings(capsys):
     _, out, _ = run(capsys, "models", "--json")
     models = {m["name"]: m for m in json.loads(out)}
-    assert {"minilm", "gte-small", "stories15m", "smollm2-135m-instruct", "dinov2-small", "mobilenetv2", "resnet50"} <= set(models)
+    assert {
+        "minilm",
+        "gte-small",
+        "stories15m",
+        "smollm2-135m-instruct",
+        "dinov2-small",
+        "mobilenetv2",
+        "resnet50",
+    } <= set(models)
     assert "MRI" in json.dumps(models["dinov2-small"])
     _, out, _ = run(capsys, "data", "--json")
     names = {d["name"] for d in json.loads(out)}
-    assert {"trec", "rotten-tomatoes", "snips", "stsb", "snli", "instructlab", "gsm8k", "cifar10", "grocery", "cxr"} <= names
+    assert {
+        "trec",
+        "rotten-tomatoes",
+        "snips",
+        "stsb",
+        "snli",
+        "instructlab",
+        "gsm8k",
+        "cifar10",
+        "grocery",
+        "cxr",
+    } <= names

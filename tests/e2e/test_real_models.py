@@ -65,7 +65,8 @@ def generated(folder) -> list[int]:
 def test_smollm2_learns_instructions_and_generates_the_same_tokens_elsewhere(tmp_path):
     run = trained(
         tmp_path, model="smollm2-135m-instruct", data="instructlab", method="lora", where=["all-linear"],
-        steps=16, batch=2, max_length=96, learning_rate=2e-3, warmup=0.0, limit={"train": 16, "validation": 4, "test": 4},
+        steps=16, batch=2, max_length=96, learning_rate=2e-3, warmup=0.0,
+        limit={"train": 16, "validation": 4, "test": 4},
     )  # fmt: skip
     assert fell(run.curve, 0.8)  # sixteen rows seen twice
     first, second = generated(run.folder), generated(run.folder)
@@ -86,8 +87,8 @@ def test_dinov2_classifies_images(tmp_path, data):
 @pytest.mark.parametrize("name", ["resnet50", "mobilenetv2"])
 def test_convolutions_of_a_real_network_are_adapted_and_merged(tmp_path, name):
     run = trained(
-        tmp_path, model=name, data="grocery", method="lora(r=4)", where=["type:Conv2d"], steps=6, batch=8, image_size=96,
-        limit={"train": 60, "validation": 14, "test": 14},
+        tmp_path, model=name, data="grocery", method="lora(r=4)", where=["type:Conv2d"], steps=6, batch=8,
+        image_size=96, limit={"train": 60, "validation": 14, "test": 14},
     )  # fmt: skip
     assert run.adapter_parameters > 0
     model = run.adapter.model

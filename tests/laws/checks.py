@@ -151,7 +151,7 @@ def check_oracle(t: Trial) -> None:
         close(output(plain, t.inputs), t.out, t.tolerance, "against the equation")
 
 
-class rebuilt:
+class rebuilt:  # noqa: N801  (used as a context manager)
     """What the adapter means, written into a plain copy of the base: other tensors, or hooks for hidden methods."""
 
     def __init__(self, t: Trial, plain: nn.Module) -> None:
@@ -350,7 +350,7 @@ def refuses(call: Callable[[], Any], error: type[Exception]) -> None:
     try:
         call()
     except error as raised:
-        assert len(str(raised)) > 20, f"no reason given: {raised}"
+        assert len(str(raised)) > 20, f"no reason given: {raised}"  # noqa: PT017
         return
     raise AssertionError(f"{error.__name__} was not raised")
 

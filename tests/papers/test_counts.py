@@ -63,9 +63,7 @@ def test_the_head_is_counted_apart():
     assert found.base_parameters == 124_647_170
 
 
-@pytest.mark.parametrize(
-    ("method", "percent"), [("lora(r=64)", 2.31), ("dora(of=lora(r=64))", 2.33)]
-)
+@pytest.mark.parametrize(("method", "percent"), [("lora(r=64)", 2.31), ("dora(of=lora(r=64))", 2.33)])
 def test_dora_table_percentages_are_of_base_and_adapter_truncated(method, percent):
     found = plan("llama-7b", method, LINEAR, memory=False)
     share = 100 * found.adapter_parameters / (found.base_parameters + found.adapter_parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -287,10 +288,12 @@ def embedded(args: argparse.Namespace, known: list[Any], fetch: Callable[[str], 
         got = {name: str(fetch(name)) for name in wanted}
         show(args, got, listing("", ["name", "at"], [[k, v] for k, v in got.items()]))
         return
-    rows = [e.as_dict() for e in known]
-    columns = ["name", "task", "licence", "size", "note"]
-    shown = [[str(row.get(c, "")) if c != "size" else human("bytes", row["size"]) for c in columns] for row in rows]
-    show(args, rows, listing("", columns, shown))
+    rows = [dataclasses.asdict(e) | {"fetched": e.fetched} for e in known]
+    shown = [
+        [e.name, e.task, human("bytes", e.archive.bytes), e.licence, f"{e.summary}. {e.caution or e.note}"]
+        for e in known
+    ]
+    show(args, rows, listing("", ["name", "task", "download", "licence", "what"], shown))
 
 
 def preview(args: argparse.Namespace) -> None:
@@ -311,7 +314,7 @@ def preview(args: argparse.Namespace) -> None:
         loaded, opened.processor, max_length=known.max_length, image_size=known.image_size, template=known.template
     )
     samples = library.preview(loaded, prepared, args.samples)
-    show(args, samples, lambda console: console.print(library.render_preview(loaded, prepared, args.samples)))
+    show(args, samples, lambda console: console.print(library.render_preview(samples)))
 
 
 def human(name: str, value: Any) -> str:

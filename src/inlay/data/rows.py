@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inlay.core.errors import InlayError
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
@@ -19,7 +21,7 @@ Row = dict[str, Any]
 TASKS = ("text-classification", "regression", "causal-lm", "image-classification")
 
 
-class DataError(ValueError):
+class DataError(InlayError, ValueError):
     """A data set cannot be read, or does not fit the task."""
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from inlay import archives
 from inlay.archives import Embedded
+from inlay.core.errors import InlayError
 
 # raised when a converter writes something else than before, so that older folders are made anew
 _REVISION = 2
 
 
-class ModelError(ValueError):
+class ModelError(InlayError, ValueError):
     """A model cannot be opened as asked."""
 
 
