@@ -289,8 +289,8 @@ class Inlay(nn.Module):
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.state.running = False
-        if self.routes is None or output is None:
-            return
+        if self.routes is None or output is None or kwargs.get("encoder_outputs") is not None:
+            return  # generating, an encoder has run before this forward
         wanted = {name for name in self.routes if name is not None}
         for mount in self.state.mounts.values():
             if not mount.served and wanted & set(mount.levels):
