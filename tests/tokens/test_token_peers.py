@@ -19,7 +19,7 @@ CASES = {
     "llama": (decoder, "CAUSAL_LM"),
     "gpt2": (decoder, "CAUSAL_LM"),
     "bert": (classifier, "SEQ_CLS"),
-    "distilbert": (classifier, "SEQ_CLS"),
+    "roberta": (classifier, "SEQ_CLS"),
     "t5": (seq2seq, "SEQ_2_SEQ_LM"),
     "bart": (seq2seq, "SEQ_2_SEQ_LM"),
 }
@@ -55,7 +55,7 @@ def batch_for(name: str) -> dict[str, Any]:
         ("llama", PromptTuning(tokens=P)),
         ("gpt2", PromptTuning(tokens=P)),
         ("bert", PromptTuning(tokens=P, keep=True)),
-        ("distilbert", PromptTuning(tokens=P, keep=True)),
+        ("roberta", PromptTuning(tokens=P, keep=True)),
         ("t5", PromptTuning(tokens=P)),
         ("bart", PromptTuning(tokens=P)),
         ("llama", PrefixTuning(tokens=P, shift=True)),

@@ -130,8 +130,9 @@ class Entry(TokenMount):
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         ids, embeds, mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         given = ids if embeds is None else embeds
-        if given is None:
-            return None  # the model's own complaint is the right one
+        state = kwargs.get("cache_params")
+        if given is None or (state is not None and state.has_previous_state()):
+            return None  # nothing to read, or a state-space model whose state has read the virtual tokens
         batch, n = given.shape[:2]
         virtual, past = self.virtual(batch, given.device), cached(kwargs)
         if not virtual.width and isinstance(virtual.shift, int) and virtual.shift == 0:
@@ -257,9 +258,6 @@ class Entry(TokenMount):
 
 
 def cached(kwargs: dict[str, Any]) -> int | None:
-    """Tokens in the cache that a tower was called with; 1 for a state-space cache that holds any."""
+    """Tokens in the cache that a tower was called with; None without one."""
     cache = kwargs.get("past_key_values")
-    if cache is not None:
-        return int(cache.get_seq_length())
-    states = kwargs.get("cache_params")
-    return int(states.has_previous_state()) if states is not None else None
+    return None if cache is None else int(cache.get_seq_length())
