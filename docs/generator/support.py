@@ -106,7 +106,7 @@ def peft_page() -> str:
     """Every field of PEFT's configurations, and what becomes of it."""
     page = HEADER + (
         "# Fields of PEFT folders\n\n"
-        "`inlay.load` reads a PEFT folder, `inlay.interop.peft.write` writes one. Of each `adapter_config.json`:\n"
+        "`inlay.load` reads a PEFT folder, `inlay.export_peft` writes one. Of each `adapter_config.json`:\n"
     )
     for kind in [row for row in support() if not row["field"]]:
         fields = [row for row in support() if row["field"] and row["peft_type"] == kind["peft_type"]]

@@ -87,10 +87,8 @@ def test_pairs() -> None:
 
 
 def test_every_method_and_every_place_is_compiled_somewhere() -> None:
-    cells = {
-        text: {name: cell_of(text, BY_NAME[name]) for name in ("Linear", "norm")}
-        for text in ("ia3", "lora", "normtuning")
-    }
+    methods, names = ("ia3", "lora", "normtuning"), ("Linear", "Conv2d", "norm")
+    cells = {text: {name: cell_of(text, BY_NAME[name]) for name in names} for text in methods}
     assert compile_jobs(cells) == [("ia3", "Linear"), ("lora", "Linear"), ("normtuning", "norm"), ("lora", "Conv2d")]
 
 

@@ -147,11 +147,11 @@ def check_count(t: Trial) -> None:
 def check_oracle(t: Trial) -> None:
     """5. The output is that of a plain model rebuilt densely from the paper's equation."""
     plain = t.case.model()
-    with rebuilt(t, plain):
+    with Rebuilt(t, plain):
         close(output(plain, t.inputs), t.out, t.tolerance, "against the equation")
 
 
-class rebuilt:  # noqa: N801  (used as a context manager)
+class Rebuilt:  # noqa: N801  (used as a context manager)
     """What the adapter means, written into a plain copy of the base: other tensors, or hooks for hidden methods."""
 
     def __init__(self, t: Trial, plain: nn.Module) -> None:
@@ -232,7 +232,7 @@ def check_merge(t: Trial) -> None:
 def check_rounded_once(t: Trial) -> None:
     """The merged matrix is the wide result, rounded once to the base's type."""
     plain = t.case.model().double()
-    rebuilt(t, plain)
+    Rebuilt(t, plain)
     for slot in t.case.bench.slots:
         W = getattr(slot.module(t.model), slot.param).detach()
         exact, merged = slot.matrix(plain), (type(slot).__mro__[-2] if t.case.bench.quantised else slot).matrix

@@ -178,9 +178,10 @@ def fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     if args.set:
         if cls is CompareRecipe:
             raise OptionError("--set is for one method: give options in the rows of the recipe")
-        if not isinstance(given.get("method"), str):
+        named = given.get("method", [])  # a flag that takes lists is read as one
+        if len(named) != 1 or not isinstance(named[0], str):
             raise OptionError("--set gives options to --method: name one method there")
-        given["method"] = with_options(given["method"], args.set)
+        given["method"] = with_options(named[0], args.set)
     return given
 
 

@@ -1,0 +1,199 @@
+"""Fast = reference: structured matrices against dense ones, the effective path against the factored one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import inlay
+from inlay.core import matrices as m
+from inlay.core import mount
+from inlay.core.method import WeightMethod
+from laws.benches import run
+from laws.cases import Case, cases, stir
+from laws.checks import close
+
+D = torch.float64
+Made = tuple[m.Matrix, list[Tensor], Callable[..., Tensor]]
+"""A structured matrix, the tensors it is made of, and the same matrix formed densely from them by hand."""
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=D, requires_grad=True)
+
+
+def low_rank(d_out: int, d_in: int, r: int) -> Made:
+    B, A = leaf(d_out, r), leaf(r, d_in)
+    return m.LowRank(B, A, 0.7), [B, A], lambda B, A: 0.7 * torch.einsum("ir,rj->ij", B, A)
+
+
+def dense(d_out: int, d_in: int, r: int) -> Made:
+    W = leaf(d_out, d_in)
+    return m.Dense(W), [W], lambda W: W * 1
+
+
+def diagonal(d_out: int, d_in: int, r: int) -> Made:
+    d = leaf(d_out)
+    return m.Diagonal(d), [d], lambda d: torch.eye(len(d), dtype=D) * d
+
+
+def kronecker(d_out: int, d_in: int, r: int) -> Made:
+    P, Q = leaf(r, d_in), leaf(d_out, r)
+
+    def formed(P: Tensor, Q: Tensor) -> Tensor:
+        return torch.einsum("pq,mn->pmqn", P, Q).reshape(P.shape[0] * Q.shape[0], P.shape[1] * Q.shape[1])
+
+    return m.Kronecker(P, Q), [P, Q], formed
+
+
+def hadamard(d_out: int, d_in: int, r: int) -> Made:
+    b1, a1, b2, a2 = leaf(d_out, r), leaf(r, d_in), leaf(d_out, r + 1), leaf(r + 1, d_in)
+    made = m.Hadamard(m.LowRank(b1, a1, 2.0), m.LowRank(b2, a2))
+    return made, [b1, a1, b2, a2], lambda b1, a1, b2, a2: 2 * (b1 @ a1) * (b2 @ a2)
+
+
+def block_diagonal(d_out: int, d_in: int, r: int) -> Made:
+    blocks = leaf(r, d_out, d_in)
+
+    def formed(blocks: Tensor) -> Tensor:
+        whole = blocks.new_zeros(r * d_out, r * d_in)
+        for i in range(r):
+            whole[i * d_out : (i + 1) * d_out, i * d_in : (i + 1) * d_in] = blocks[i]
+        return whole
+
+    return m.BlockDiagonal(blocks), [blocks], formed
+
+
+def sparse(d_out: int, d_in: int, r: int) -> Made:
+    k = min(r, d_out * d_in)
+    at = torch.randperm(d_out * d_in)[:k]
+    rows, cols, values = at // d_in, at % d_in, leaf(k)
+
+    def formed(values: Tensor) -> Tensor:
+        whole = values.new_zeros(d_out * d_in)
+        whole[at] = values
+        return whole.view(d_out, d_in)
+
+    return m.Sparse(rows, cols, values, (d_out, d_in)), [values], formed
+
+
+def summed(d_out: int, d_in: int, r: int) -> Made:
+    (one, p, f), (two, q, g) = low_rank(d_out, d_in, r), dense(d_out, d_in, r)
+    return one + two, [*p, *q], lambda *t: f(*t[:2]) + g(t[2])
+
+
+def scaled(d_out: int, d_in: int, r: int) -> Made:
+    (one, p, f), s = low_rank(d_out, d_in, r), leaf()
+    return one.scaled(s), [*p, s], lambda *t: t[-1] * f(*t[:-1])
+
+
+MAKERS = [low_rank, dense, diagonal, kronecker, hadamard, block_diagonal, sparse, summed, scaled]
+size = st.integers(1, 5)
+
+
+def test_every_matrix_has_a_maker() -> None:
+    made = {type(make(2, 2, 2)[0]) for make in MAKERS}
+    assert made == {
+        c for c in vars(m).values() if isinstance(c, type) and issubclass(c, m.Matrix) and c is not m.Matrix
+    }
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(d_out=size, d_in=size, r=size, lead=st.sampled_from([(), (3,), (2, 3), (0,)]))
+def test_matrix(make: Any, d_out: int, d_in: int, r: int, lead: tuple[int, ...]) -> None:
+    """Every operation and its gradients, from tensors and into them, against the matrix formed by hand."""
+    torch.manual_seed(d_out * 100 + d_in * 10 + r)
+    M, factors, formed = make(d_out, d_in, r)
+    rows, cols = M.shape
+    x, y, W = (torch.randn(*s, dtype=D, requires_grad=True) for s in ((*lead, cols), (*lead, rows), (rows, cols)))
+    ids = torch.randint(cols, lead)
+    full = formed(*factors)
+    assert full.shape == M.shape
+    pairs = {
+        "dense": (M.dense(), full),
+        "apply": (M.apply(x), F.linear(x, full)),
+        "add_to": (M.add_to(y, x), y + F.linear(x, full)),
+        "columns": (M.columns(ids), full.T[ids]),
+        "row_dot": (M.row_dot(W), (W * full).sum(1)),
+        "row_squares": (M.row_squares(), full.square().sum(1)),
+        "squared_row_norms": (M.squared_row_norms(W, W.square().sum(1)), (W + full).square().sum(1)),
+        "scaled": (M.scaled(0.5).dense(), 0.5 * full),
+        "sum": ((M + m.Dense(W)).apply(x), F.linear(x, full + W)),
+    }
+    for name, (fast, plain) in pairs.items():
+        torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+        weights = torch.randn_like(plain)
+        leaves = [*factors, x, y, W]
+        got, want = (torch.autograd.grad((t * weights).sum(), leaves, retain_graph=True, allow_unused=True)
+                     for t in (fast, plain))  # fmt: skip
+        for g, w in zip(got, want, strict=True):
+            zero = torch.zeros((), dtype=D)
+            torch.testing.assert_close(
+                zero if g is None else g, zero if w is None else w, rtol=1e-10, atol=1e-12, check_stride=False,
+                msg=lambda text, n=name: f"gradient of {n}: {text}",
+            ) if (g is None) == (w is None) else _zero(g, w)  # fmt: skip
+
+
+def _zero(*grads: Tensor | None) -> None:
+    assert all(g is None or not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+def test_costs_are_counted(make: Any) -> None:
+    """Costs grow with tokens, and the dense form is never said to cost less than nothing."""
+    M, _, _ = make(4, 4, 2)
+    assert 0 < M.flops(1) < M.flops(10)
+    assert M.dense_flops() >= 0
+
+
+# ---------------------------------------------------------------------- paths of whole layers
+PATHS = [
+    case for case in cases()
+    if isinstance(case.method, WeightMethod) and case.bench.name in ("linear", "conv2d", "conv1d-point", "gpt2-qv", "timm")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in PATHS])
+def test_paths_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factored and the effective path of every matrix method: outputs, and gradients of tensors and of inputs."""
+    model, inputs = case.model(), case.feed()
+    adapter = case.attach(model)
+    stir(adapter)
+    floating = {k: v.requires_grad_() for k, v in inputs.items() if v.is_floating_point()}
+    found = {}
+    for effective in (False, True):
+        formed: list[bool] = []
+
+        def choose(levels: Any, x: Tensor, choice: bool = effective, seen: list[bool] = formed) -> bool:
+            seen.append(choice)
+            return choice
+
+        monkeypatch.setattr(mount, "prefers_effective", choose)
+        y = run(model, inputs)
+        leaves = [*adapter.parameters(), *floating.values()]
+        found[effective] = (y, torch.autograd.grad(y.square().sum(), leaves))
+        assert formed, "no path was chosen: the test tests nothing"
+    close(found[False][0], found[True][0], 1e-5, "outputs of the two paths")
+    for factored, effective_ in zip(found[False][1], found[True][1], strict=True):
+        close(factored, effective_, 2e-5, "gradients of the two paths")
+
+
+def test_the_cheaper_path_is_taken() -> None:
+    """One token through a square layer favours factors of rank 1; many tokens favour a nearly full rank as W′."""
+    from inlay.core.paths import prefers_effective
+    from inlay.methods import LoRA
+
+    for rank, tokens, effective in ((1, 1, False), (1, 4096, False), (64, 4096, True), (64, 1, False)):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        adapter = inlay.adapt(model, LoRA(r=rank), "0")
+        levels = [(level.method, level.site) for level in adapter.levels]
+        with torch.no_grad():
+            assert prefers_effective(levels, torch.randn(tokens, 64)) is effective, (rank, tokens)
