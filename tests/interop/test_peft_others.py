@@ -119,6 +119,28 @@ def test_norms(case: str, tmp_path: Path) -> None:
     both_ways(BASES[name], peft.LNTuningConfig(**options), tmp_path)
 
 
+def test_running_statistics_that_training_moved(tmp_path: Path) -> None:
+    """PEFT trains a copy of a BatchNorm with its statistics: read as adapted ones, written as they are."""
+    base = BASES["resnet"]
+    config = peft.LNTuningConfig(target_modules=["normalization"], modules_to_save=["classifier"])
+    with quiet():
+        theirs = peft.get_peft_model(base(), config)
+        theirs.train()
+        theirs(**base.call)
+        theirs.save_pretrained(str(tmp_path / "theirs"))
+        expected = base.output(theirs.eval())
+    model = base()
+    untouched = base.output(model)
+    assert not torch.allclose(expected, untouched, atol=1e-3)
+    adapter = inlay.load(model, tmp_path / "theirs")
+    assert adapter.levels[0].method.statistics == "adapted"
+    close(base.output(model), expected)
+    write(adapter, tmp_path / "ours")
+    close(peft_output(base, tmp_path / "ours"), expected)
+    with inlay.disabled(model):
+        assert torch.equal(base.output(model), untouched)
+
+
 def test_other_modules_than_norms_are_read_as_full(tmp_path: Path) -> None:
     base = BASES["bert"]
     expected, _ = peft_folder(base, peft.LNTuningConfig(target_modules=["pooler.dense"]), tmp_path)

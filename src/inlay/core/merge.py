@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inlay.core.adapter import activate, attached, check_stack
 from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
-from inlay.core.mount import Level, Mount, acts_on_output, has_closed_form
+from inlay.core.mount import Level, Mount, acts_on_output, has_closed_form, kept
 from inlay.core.quantised import dense, is_quantised, plain
 from inlay.core.sites import ConvHost, EmbeddingHost, QuantisedHost, host_of
 
@@ -56,7 +56,9 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
         activate(inlay, [n for n in active if n not in names])
         with inlay.only():
             worst = max((difference(before[mount], probe(mount)) for mount in before), default=0.0)
-        limit = max((TOLERANCE[t.dtype] for tensors in replacements.values() for t in tensors.values()), default=0.0)
+        limit = max(
+            (TOLERANCE.get(t.dtype, 0.0) for tensors in replacements.values() for t in tensors.values()), default=0.0
+        )
         if not worst <= limit:
             raise MergeError(
                 f"merged and adapted outputs differ by {worst:.2e} (tolerance {limit:.0e}): nothing merged"
@@ -86,6 +88,9 @@ def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[M
             continue
         only_copies = not any(acts_on_output(level) for level in stacks[mount])
         for name, t in tensors.items():
+            if name in mount.module._buffers:
+                state.merged[(mount.path, name)], mount.module._buffers[name] = mount.module._buffers[name], t
+                continue
             old = mount.module._parameters[name]
             assert old is not None
             new = ties.get(id(old)) if only_copies else None
@@ -119,7 +124,8 @@ def unmerge(model: nn.Module) -> None:
         module.train(model.get_submodule(path).training)
         move(model, state.mounts[path], module)
     for (path, name), tensor in state.merged.items():
-        model.get_submodule(path)._parameters[name] = tensor
+        module = model.get_submodule(path)
+        (module._parameters if name in module._parameters else module._buffers)[name] = tensor
     state.merged, state.swapped, state.merged_names = {}, {}, ()
     activate(inlay, [name for name in state.active_before if name in inlay.adapters])
 
@@ -152,7 +158,7 @@ def merged_tensors(mount: Mount, levels: list[Level]) -> dict[str, Tensor]:
         wide = mount.fold(name, levels, old.detach().to(torch.promote_types(old.dtype, torch.float32)))
         assert wide is not None
         tensors[name] = wide.to(old.dtype).contiguous().clone()
-    return tensors
+    return tensors | {name: t.clone() for level in levels for name, t in kept(level).items()}
 
 
 def probe(mount: Mount) -> Tensor | None:

@@ -112,13 +112,17 @@ class Method(nn.Module, ABC):
         return
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors a saved adapter holds for this site; the trained parameters unless a method folds them."""
-        return dict(self.named_parameters())
+        """The tensors a saved adapter holds for this site: parameters and states, unless a method folds them."""
+        return dict(self.named_parameters()) | self.states()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `stored` gave; names and shapes are checked by the caller."""
-        for name, p in self.named_parameters():
-            p.data.copy_(tensors[name])
+        for name, t in (dict(self.named_parameters()) | self.states()).items():
+            t.data.copy_(tensors[name])
+
+    def states(self) -> dict[str, Tensor]:
+        """Tensors that change in training without being trained (running statistics); they are saved as well."""
+        return {}
 
     # ------------------------------------------------------------------ specification and copies
     def at(self, site: Site) -> Self:
@@ -291,6 +295,17 @@ class ParameterMethod(Method):
 
     def build(self, site: Site) -> None:
         self.value = nn.Parameter(site.parameter.detach().to(site.dtype, copy=True))
+        for name in self.follows(site):
+            t = site.module._buffers[name]
+            assert t is not None
+            self.register_buffer(name, t.detach().clone())  # in the base's type: the module updates it in place
+
+    def follows(self, site: Site) -> tuple[str, ...]:
+        """Buffers of the module that are copied as well, and updated there in the base's stead; none by default."""
+        return ()
+
+    def states(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers())
 
     def count(self, site: Site) -> int:
         return site.parameter.numel()

@@ -82,6 +82,7 @@ class Mount:
         names = {level.site.param for level in levels if not isinstance(level.method, HiddenMethod)}
         names |= {level.site.bias_name for level in levels if level.method.acts_on_bias}
         names = {name for name in names if self.module._parameters.get(name) is not None}
+        names |= {name for level in levels for name in kept(level)}
         if names:
             adapt_tensors(self.module, self, frozenset(names))
         self.handles.append(self.owner.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
@@ -194,6 +195,8 @@ class Mount:
     def read(self, name: str) -> Tensor:
         """What the module's attribute `name` gives, see the head of this file."""
         levels = self.active()
+        if name in self.module._buffers:
+            return self.state(name, levels)
         if not self.frames:
             return self.folded(name, levels)
         frame = self.frames[-1]
@@ -208,6 +211,14 @@ class Mount:
         t = self.fold(name, levels)
         assert t is not None
         return t
+
+    def state(self, name: str, levels: list[Level]) -> Any:
+        """The buffer `name`: the copy that one of these levels keeps, else the base's own."""
+        return next((kept(level)[name] for level in levels if name in kept(level)), self.module._buffers[name])
+
+    def updates_states(self) -> bool:
+        """Whether an adapter that keeps states of its own acts now, and is being trained."""
+        return any(level.method.training for level in self.active() if kept(level))
 
     # ------------------------------------------------------------------ rows of one batch to different adapters
     def enter_rows(self, frame: Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -313,6 +324,11 @@ def acts_on_output(level: Level) -> bool:
     if isinstance(level.method, HiddenMethod):
         return True
     return isinstance(level.method, WeightMethod) and level.site.host is not None and level.site.host.hooked
+
+
+def kept(level: Level) -> dict[str, Tensor]:
+    """The buffers of the module of which a level has copies."""
+    return level.method.states() if isinstance(level.method, ParameterMethod) else {}
 
 
 def has_closed_form(method: Method) -> bool:

@@ -37,19 +37,39 @@ def read_module(reading: Reading, path: str, method: ParameterMethod, key: str) 
     module = reading.model.get_submodule(path)
     for aside in [k for k in reading.left if k.startswith((f"{path}.original_module.", f"{path}.modules_to_save."))]:
         del reading.left[aside]  # with bias="all" PEFT stores these biases twice more
-    for name, buffer in module.named_buffers():
-        if f"{key}.{name}" in reading.left and not torch.equal(reading.left.pop(f"{key}.{name}"), buffer.cpu()):
-            raise CheckpointError(
-                f"{reading.folder}: the buffer '{path}.{name}' was changed in training (running statistics), and inlay "
-                "leaves the base's buffers as they are"
-            )
     # ties that leave the module are not followed: PEFT trains a copy of it
     found = reading.finder.sites(method, ["re:" + re.escape(path)], reading.dtype)
     sites = {site.key: site for site in found if inside(site.path, path)}
     values: dict[str, Tensor] = {}
     for name, _ in module.named_parameters(remove_duplicate=False):
         values[f"{path}.{name}"] = reading.take(f"{key}.{name}")
-    return [Part(method, site, {"value": values[name]}) for name, site in sites.items()]
+    buffers = {f"{path}.{name}": t for name, t in given_buffers(reading, path, key).items()}
+    changed = {f"{path}.{name}" for name in changed_buffers(reading, path, key)}
+    parts = []
+    for name, site in sites.items():
+        states = {state: buffers[f"{site.path}.{state}"] for state in method.follows(site)}
+        changed -= {f"{site.path}.{state}" for state in states}
+        parts.append(Part(method, site, {"value": values[name]} | states))
+    if changed:
+        raise CheckpointError(
+            f"{reading.folder}: the buffer '{min(changed)}' was changed in training (running statistics), which inlay "
+            f"keeps beside NormTuning, not beside {type(method).__name__}"
+        )
+    for name in given_buffers(reading, path, key):
+        del reading.left[f"{key}.{name}"]
+    return parts
+
+
+def given_buffers(reading: Reading, path: str, key: str) -> dict[str, Tensor]:
+    """The buffers of a module that the folder has under `key`, by their names in the module."""
+    names = [name for name, _ in reading.model.get_submodule(path).named_buffers()]
+    return {name: reading.left[f"{key}.{name}"] for name in names if f"{key}.{name}" in reading.left}
+
+
+def changed_buffers(reading: Reading, path: str, key: str) -> list[str]:
+    """Those that differ from the base's."""
+    own = dict(reading.model.get_submodule(path).named_buffers())
+    return [name for name, t in given_buffers(reading, path, key).items() if not torch.equal(t, own[name].cpu())]
 
 
 def write_modules(writing: Writing, levels: Sequence[Level]) -> None:
