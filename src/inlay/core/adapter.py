@@ -16,6 +16,7 @@ from inlay.core.head import Head
 from inlay.core.method import Method, ParameterMethod, Placement, WeightMethod, method_from
 from inlay.core.mount import Level
 from inlay.core.properties import hold_statistics, release_statistics
+from inlay.core.sharded import is_sharded
 from inlay.core.sites import Site
 from inlay.core.where import Finder, Pattern, matches
 
@@ -105,6 +106,8 @@ def build(
 
 def build_sites(model: nn.Module, inlay: Inlay, name: str, pairs: Sequence[tuple[Method, Site]], seed: int) -> None:
     """Build each method at its site and switch the adapter on; nothing is left behind on failure."""
+    if any(is_sharded(p) for p in model.parameters()):
+        raise AdapterError("the model is spread over processes already: attach adapters first, then call fully_shard")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -196,7 +199,9 @@ def check_stack(inlay: Inlay, names: Sequence[str]) -> None:
 
 
 def overlapping(a: Site, b: Site) -> bool:
-    """Whether two sites of one module touch the same numbers."""
+    """Whether two sites of one module touch the same numbers: one tensor, or a tensor and its bias."""
+    if a.param != b.param and a.param != b.bias_name and b.param != a.bias_name:
+        return False
     if a.rows is not None and b.rows is not None and a.param == b.param:
         return a.rows == b.rows
     if a.expert is not None and b.expert is not None and a.param == b.param:
@@ -268,6 +273,7 @@ def find_head(finder: Finder) -> tuple[str, ...]:
 
 def activate(inlay: Inlay, names: Sequence[str]) -> None:
     """Let exactly these adapters act, in this order; only their tensors ask for gradients."""
+    inlay.resume()
     merged = inlay.state.merged_names
     for name in names:
         if inlay.check(name) in merged:
@@ -312,6 +318,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             inlay.check(name)
     if not names:
         raise RouteError("route needs one adapter name (or None) per row of the batch")
+    inlay.resume()
     before = inlay.state.routes
     inlay.state.routes = list(names)
     try:

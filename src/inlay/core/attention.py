@@ -44,10 +44,12 @@ class View:
     _attn_implementation = NAME
 
     def __init__(self, base: Any) -> None:
-        object.__setattr__(self, "base", base)
+        self.__dict__["base"] = base
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "base"), name)
+        if "base" not in self.__dict__:  # half made: a copy of the model is on its way
+            raise AttributeError(name)
+        return getattr(self.__dict__["base"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.base, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -52,3 +53,27 @@ def some_rows(value: Any, rows: Tensor, batch: int) -> Any:
     if type(value) is dict:
         return {name: some_rows(item, rows, batch) for name, item in value.items()}
     return value
+
+
+def with_rows(whole: Any, rows: Tensor, part: Any, batch: int) -> Any:
+    """An output of `batch` rows in which some are those of `part`, whichever axis of a tensor they lie on."""
+    if isinstance(whole, Tensor):
+        if part.shape == whole.shape:
+            return part.to(whole.dtype) if len(rows) == batch else whole
+        axis = next(i for i, (n, m) in enumerate(zip(whole.shape, part.shape, strict=True)) if n != m)
+        size = [len(rows) if i == axis else n for i, n in enumerate(whole.shape)]
+        return whole.index_copy(axis, rows, part.to(whole.dtype).expand(size))
+    if isinstance(whole, dict):
+        return type(whole)(**{name: with_rows(value, rows, part[name], batch) for name, value in whole.items()})
+    if type(whole) in (tuple, list):
+        return type(whole)(with_rows(value, rows, p, batch) for value, p in zip(whole, part, strict=True))
+    return whole
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Every tensor of a module's output, however deep in tuples, lists and mappings."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | list | tuple):
+        for item in output.values() if isinstance(output, dict) else output:
+            yield from tensors_in(item)

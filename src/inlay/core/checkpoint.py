@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from inlay.core.adapter import Adapter, attached, build_sites, check_name, container, undone_on_error
 from inlay.core.container import module_key
-from inlay.core.errors import CheckpointError
+from inlay.core.errors import CheckpointError, OptionError
 from inlay.core.files import atomic, canonical, sha256, tensor_bytes, tensors_digest, write_text
 from inlay.core.head import Head
 from inlay.core.method import Method, Placement, method_from
 from inlay.core.quantised import is_quantised
 from inlay.core.quantised import shape as quantised_shape
 from inlay.core.rows import Rows
+from inlay.core.sharded import gathered, whole
 from inlay.core.sites import QuantisedHost, Site
 from inlay.core.towers import tower_of
 from inlay.core.where import site_host
@@ -39,6 +40,9 @@ TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 def save(adapter: Adapter, folder: str | Path, about: dict[str, Any] | None = None, shared: bool = False) -> Path:
     """Write an adapter; returns the folder.
 
+    Where the adapter's tensors are spread over processes (FSDP2), all of them must call this: each gathers, the first
+    writes, and none returns before the files are there. Otherwise whoever calls writes.
+
     Args:
         folder: made if needed; an adapter already there is replaced, other files are left alone.
         about: what was trained, kept as given: task, labels, prompt template, metrics.
@@ -47,15 +51,17 @@ def save(adapter: Adapter, folder: str | Path, about: dict[str, Any] | None = No
     folder = Path(folder)
     if attached(adapter.model).state.merged_names:
         raise CheckpointError("adapters are merged: unmerge first, so that the base can be identified")
-    tensors = stored_tensors(adapter)
-    given = attached(adapter.model).state.given
-    frozen = {name: t.cpu() for name, t in shared_tensors(adapter).items() if shared or name in given}
-    everything = tensors | {f"shared.{name}": t.contiguous() for name, t in frozen.items()}
-    document = describe(adapter, about or {}) | {"tensors": tensors_digest(everything)}
-    document["checksum"] = sha256(canonical(document))
-    with atomic(folder / TENSORS) as temporary:
-        save_file(everything, temporary, metadata={"inlay": canonical(document)})
-    write_text(folder / DESCRIPTION, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    with gathered(attached(adapter.model).adapters[adapter.name]) as first:
+        tensors = stored_tensors(adapter)
+        given = attached(adapter.model).state.given
+        frozen = {name: t.cpu() for name, t in shared_tensors(adapter).items() if shared or name in given}
+        everything = tensors | {f"shared.{name}": t.contiguous() for name, t in frozen.items()}
+        document = describe(adapter, about or {}) | {"tensors": tensors_digest(everything)}
+        document["checksum"] = sha256(canonical(document))
+        if first:
+            with atomic(folder / TENSORS) as temporary:
+                save_file(everything, temporary, metadata={"inlay": canonical(document)})
+            write_text(folder / DESCRIPTION, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return folder
 
 
@@ -143,7 +149,7 @@ def fingerprint(sites: list[Site]) -> str:
         for path, name, p in identifying(site):
             if p.is_meta or not p.is_floating_point():
                 return ""
-            flat = p.detach().flatten()
+            flat = whole(p.detach()).flatten()
             sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().to(torch.bfloat16)
             h.update(canonical([path, name, list(p.shape)]).encode())
             h.update(tensor_bytes(sample))
@@ -229,7 +235,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base
     name = name or str(document["name"])
     check_name(model._modules.get("inlay"), name)
     sites = [site_from(model, record, folder) for record in document["sites"]]
-    methods = [Head() if r["head"] else method_from(r["method"]) for r in document["sites"]]
+    methods = [method_in(r, folder) for r in document["sites"]]
     check_base(
         document, [site for site, r in zip(sites, document["sites"], strict=True) if not r["head"]], folder, any_base
     )
@@ -250,6 +256,14 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base
         )  # fmt: skip
         restore(adapter, document, tensors, folder)
     return adapter
+
+
+def method_in(record: dict[str, Any], folder: Path) -> Method:
+    """The method of one site; CheckpointError where this version has no such method or option."""
+    try:
+        return Head() if record["head"] else method_from(record["method"])
+    except OptionError as error:
+        raise CheckpointError(f"{folder} needs what this version of inlay does not have: {error}") from error
 
 
 def check_base(document: dict[str, Any], sites: list[Site], folder: Path, any_base: bool) -> None:

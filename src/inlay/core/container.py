@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.attention import PrefixMount
-from inlay.core.calls import first
+from inlay.core.calls import first, tensors_in
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.method import Method
 from inlay.core.mount import Level, Mount
@@ -52,6 +52,16 @@ class Call:
     """Real tokens of each row that are its prompt (batch,); None when all are."""
 
 
+@dataclass(frozen=True)
+class Acting:
+    """What acts in one forward: adapters, routes, the call, and the rows being computed."""
+
+    active: list[str]
+    routes: list[str | None] | None
+    call: Call
+    rows: Tensor | None
+
+
 @dataclass
 class State:
     """Python-side state of `model.inlay`, kept out of nn.Module's bookkeeping."""
@@ -65,6 +75,8 @@ class State:
     """Where the input of a site enters, by (entry, path)."""
     call: Call = field(default_factory=Call)
     rows: Tensor | None = None
+    aside: Acting | None = None
+    """What acts outside of a backward pass that has brought back what acted in its forward."""
     prompt: Tensor | None = None
     """Lengths of the prompts inside `inlay.core.positions.prompts`."""
     arguments: list[str] = field(default_factory=list)
@@ -268,12 +280,48 @@ class Inlay(nn.Module):
             groups.append((name, torch.tensor(rows, device=self.device)))
         return groups
 
+    # ------------------------------------------------------------------ forwards run again by the backward pass
+    def remember(self, output: Any) -> None:
+        """Let what acts now act again while the backward pass works on what led to these tensors.
+
+        Activation checkpointing runs blocks again then, after other forwards, contexts left and adapters switched.
+        Compiled graphs run nothing again.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        now = self.acting()
+        for t in tensors_in(output):
+            if t.requires_grad:
+                t.register_hook(lambda gradient: self.recall(now))
+
+    def acting(self) -> Acting:
+        return Acting(self.state.active, self.state.routes, self.state.call, self.state.rows)
+
+    def recall(self, then: Acting) -> None:
+        """Bring back what acted, until the running backward pass ends."""
+        if self.state.aside is None:
+            self.state.aside = self.acting()
+            torch.autograd.Variable._execution_engine.queue_callback(self.resume)
+        self.let_act(then)
+
+    def resume(self) -> None:
+        """Undo `recall`; does nothing where nothing was brought back."""
+        if self.state.aside is not None:
+            self.let_act(self.state.aside)
+            self.state.aside = None
+
+    def let_act(self, what: Acting) -> None:
+        state = self.state
+        state.active, state.routes, state.call, state.rows = what.active, what.routes, what.call, what.rows
+
     # ------------------------------------------------------------------ around the whole model's forward
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.state.running:  # the last forward was interrupted (Ctrl-C): no hook ran after it
             for mount in self.state.mounts.values():
                 mount.frames.clear()
         self.state.running = True
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self.resume()  # the last backward pass ended with an error
         given = dict(zip(self.state.arguments, args, strict=False)) | kwargs
         mask, past, prompt = real_tokens(given.get("attention_mask")), given.get("past_key_values"), self.state.prompt
         length = past.get_seq_length() if past is not None else 0
@@ -289,6 +337,7 @@ class Inlay(nn.Module):
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.state.running = False
+        self.remember(output)
         if self.routes is None or output is None or kwargs.get("encoder_outputs") is not None:
             return  # generating, an encoder has run before this forward
         wanted = {name for name in self.routes if name is not None}

@@ -13,18 +13,20 @@ functional calls) is adapted too instead of silently not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.calls import first, first_output, replace_first, replace_first_output, some_rows
+from inlay.core.calls import first, first_output, replace_first, replace_first_output, some_rows, with_rows
 from inlay.core.errors import RouteError
 from inlay.core.method import HiddenMethod, Method, ParameterMethod, WeightMethod
 from inlay.core.paths import prefers_effective
 from inlay.core.properties import adapt_tensors, release_tensors
 from inlay.core.quantised import dense
+from inlay.core.sharded import is_sharded
 from inlay.core.sites import QuantisedHost, Site
 
 if TYPE_CHECKING:
@@ -98,8 +100,8 @@ class Mount:
     # ------------------------------------------------------------------ which levels act
     def active(self) -> list[Level]:
         """The levels that act now, lowest first; none while rows are routed (groups of rows are run apart)."""
-        if self.inlay.routes is not None:
-            return []
+        if "state" not in self.inlay.__dict__ or self.inlay.routes is not None:
+            return []  # without a state a copy of the model is on its way
         return [level for name in self.inlay.active for level in self.levels.get(name, ())]
 
     def groups(self, batch: int) -> list[tuple[str, Tensor]]:
@@ -145,7 +147,7 @@ class Mount:
         for k, level in enumerate(levels):
             if acts_on_output(level):
                 below = frame.inputs and level.site.entry is None
-                y = apply(level, frame.inputs[k] if below else self.input_of(level, args, kwargs), y)
+                y = by_rows(level, apply, frame.inputs[k] if below else self.input_of(level, args, kwargs), y)
         return replace_first_output(output, y)
 
     def input_of(self, level: Level, args: tuple, kwargs: dict) -> Tensor:
@@ -160,7 +162,10 @@ class Mount:
         if not all(has_closed_form(level.method) for level in levels):
             return {}
         hooked = [level for level in levels if acts_on_output(level)]
-        if not hooked or not prefers_effective([(lv.method, lv.site) for lv in hooked], first(args, kwargs)):
+        if not hooked:
+            return {}
+        x = first(args, kwargs)
+        if x.is_nested or not prefers_effective([(lv.method, lv.site) for lv in hooked], x):
             return {}
         names = {lv.site.param for lv in levels} | {lv.site.bias_name for lv in levels if lv.method.acts_on_bias}
         return {name: t for name in names if (t := self.fold(name, levels)) is not None}
@@ -198,6 +203,9 @@ class Mount:
         if name in self.module._buffers:
             return self.state(name, levels)
         if not self.frames:
+            base = self.module._parameters.get(name)
+            if base is not None and is_sharded(base):  # FSDP2 looks for its shard, which no forward can read
+                return base
             return self.folded(name, levels)
         frame = self.frames[-1]
         if name in frame.formed:
@@ -238,24 +246,26 @@ class Mount:
         """The base's output with the rows of every routed adapter replaced by what that adapter gives."""
         self.served = True
         whole = first_output(output)
-        y = self.spread(whole)
-        for name, rows in self.groups(y.shape[0]):
+        output = replace_first_output(output, self.spread(whole))
+        for name, rows in self.groups(first_output(output).shape[0]):
             if self.reads_tensors(name):
                 part = self.rerun(module, args, kwargs, name, rows, whole.shape[0])
-            else:
-                part = y[rows]
-                below = frame.routed.get(name, [])
-                inputs = [
-                    below[k]
-                    if below and level.site.entry is None
-                    else self.spread(self.input_of(level, args, kwargs))[rows]
-                    for k, level in enumerate(self.levels[name])
-                ]
-                with self.inlay.narrowed(rows):
-                    for level, x in zip(self.levels[name], inputs, strict=True):
-                        part = apply(level, x, part)
-            y = y.index_copy(0, rows, part.to(y.dtype).expand(len(rows), *y.shape[1:]))
-        return replace_first_output(output, y)
+                output = with_rows(output, rows, part, first_output(output).shape[0])
+                continue
+            y = first_output(output)[rows]
+            below = frame.routed.get(name, [])
+            inputs = [
+                below[k]
+                if below and level.site.entry is None
+                else self.spread(self.input_of(level, args, kwargs))[rows]
+                for k, level in enumerate(self.levels[name])
+            ]
+            with self.inlay.narrowed(rows):
+                for level, x in zip(self.levels[name], inputs, strict=True):
+                    y = apply(level, x, y)
+            whole = first_output(output)
+            output = replace_first_output(output, with_rows(whole, rows, y, whole.shape[0]))
+        return output
 
     def spread(self, t: Tensor) -> Tensor:
         """One row that serves the whole batch (position embeddings) as one row each."""
@@ -277,7 +287,7 @@ class Mount:
             )
         return x
 
-    def rerun(self, module: nn.Module, args: tuple, kwargs: dict, name: str, rows: Tensor, batch: int) -> Tensor:
+    def rerun(self, module: nn.Module, args: tuple, kwargs: dict, name: str, rows: Tensor, batch: int) -> Any:
         """The module on some rows (those of arguments with `batch` rows) as if `name` were the only adapter."""
         if any(kwargs.get(cache) is not None for cache in CACHES):
             raise RouteError(f"'{self.path}' would write its cache twice: rows cannot be routed there with a cache")
@@ -291,7 +301,7 @@ class Mount:
                 changed = self.leave(module, args, kwargs, output)
         finally:
             del self.frames[depth:]
-        return first_output(output if changed is None else changed)
+        return output if changed is None else changed
 
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "layer_past")
@@ -304,7 +314,7 @@ def descend(levels: list[Level], x: Tensor) -> tuple[list[Tensor], Tensor]:
     for k in reversed(range(len(levels))):
         inputs[k] = x
         if levels[k].method.acts_before and acts_on_output(levels[k]):
-            x = levels[k].method.before(x)
+            x = by_rows(levels[k], before, x)
     return inputs, x
 
 
@@ -342,3 +352,21 @@ def apply(level: Level, x: Tensor, y: Tensor) -> Tensor:
     if rows is None:
         return level.method.after(x, y)
     return rows.put(y, level.method.after(x, rows.take(y, -1)), -1)
+
+
+def before(level: Level, x: Tensor) -> Tensor:
+    """One level's `before`."""
+    return level.method.before(x)
+
+
+def by_rows(level: Level, act: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`act(level, …)` on whole batches; row by row on nested tensors, whose rows differ in length."""
+    if not tensors[-1].is_nested:
+        return act(level, *tensors)
+    inlay = level.site.inlay
+    assert inlay is not None
+    done = []
+    for i, row in enumerate(zip(*(t.unbind() for t in tensors), strict=True)):
+        with inlay.narrowed(torch.tensor([i], device=row[0].device)):
+            done.append(act(level, *(t[None] for t in row))[0])
+    return torch.nested.as_nested_tensor(done, layout=tensors[-1].layout)

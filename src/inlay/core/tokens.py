@@ -149,10 +149,10 @@ class Entry(TokenMount):
             return (), kwargs
         if mask is not None:
             kwargs["attention_mask"] = virtual.widen(mask)
-        self.tell(virtual, mask, given, past)
         if not past:
             self.prepend(kwargs, virtual, mask)
             self.total, self.cut = virtual.width + n, 0 if self.kept(virtual) else virtual.width
+        self.tell(virtual, mask, given, past)
         return (), kwargs
 
     def prepend(self, kwargs: dict[str, Any], virtual: Virtual, mask: Tensor | None) -> None:
@@ -163,6 +163,7 @@ class Entry(TokenMount):
             embeds = self.tower.embedding(kwargs["input_ids"])
         assert virtual.P is not None
         P = virtual.P.to(embeds.device, embeds.dtype).expand(embeds.shape[0], -1, -1)
+        self.inlay.remember(P)
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, arrange(P, embeds, mask)
         types = kwargs.get("token_type_ids")
         if types is not None:
@@ -214,6 +215,7 @@ class Entry(TokenMount):
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self.before is not None:
+            self.inlay.remember(output)  # blocks that are run again see the call that they have seen
             self.inlay.state.call, self.before = self.before, None
         return None if output is None or not self.cut else trimmed(output, self.total, self.cut)
 

@@ -83,11 +83,11 @@ class Intervention(HiddenMethod):
             seen, prompt = tokens(call, batch, length, y.device)
             return torch.where((seen <= prompt)[..., None], y + self.change(y, [length]), y)
         where, valid = chosen.of(call, batch, length, y.device)
-        flat, rows = y.reshape(-1, d), (torch.arange(batch, device=y.device)[:, None] * length + where).flatten()
-        h = flat.index_select(0, rows).view(batch, -1, d)
+        places = where[..., None].expand(-1, -1, d)
+        h = y.gather(1, places)
         change = self.change(h, [h.shape[1]] if self.tied else [chosen.first, chosen.last])
         change = torch.where(valid[..., None], change, 0)  # positions in excess repeat some token: they add nothing
-        return flat.index_add(0, rows, change.reshape(-1, d)).view_as(y)
+        return y.scatter_add(1, places, change)
 
     def change(self, h: Tensor, widths: list[int]) -> Tensor:
         """Φ(h) − h, in the type of h, for runs of positions that belong to one Φ each."""
