@@ -24,6 +24,7 @@ from inlay.train.groups import factor, grouped
 from inlay.train.measure import Watch, saved_for_backward, step_memory, storages
 from inlay.train.order import Order
 from inlay.train.progress import Bar, Silent
+from inlay.train.targets import start_at_labels
 from inlay.work import Shared
 
 Make = Callable[..., Recipe]
@@ -73,6 +74,58 @@ def test_regression(recipe: Make, tmp_path: Path) -> None:
     trained = train(recipe(data=data, method="full", epochs=15, base_dropout=False))
     assert trained.metrics["pearson"] > 0.7
     assert evaluate(str(trained.folder)) == trained.metrics
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.01, 0.0), (40.0, 1000.0)])
+def test_a_regression_learns_whatever_the_scale_of_its_labels(
+    recipe: Make, tmp_path: Path, scale: float, shift: float
+) -> None:
+    """Labels a·y + b lead to predictions a·ŷ + b: every step is the same step in the unit of the labels."""
+    from tiny_task import make_data
+
+    plain = make_data(tmp_path / "plain", regression=True)
+    scaled = make_data(tmp_path / "scaled", regression=True)
+    for file in Path(scaled).glob("*.csv"):
+        head, *rows = file.read_text().splitlines()
+        pairs = [row.rpartition(",") for row in rows]
+        file.write_text("\n".join([head, *(f"{t},{scale * float(y) + shift!r}" for t, _, y in pairs)]) + "\n")
+    fields = {"method": "lora", "epochs": 6, "base_dropout": False, "task": "regression"}
+    a = train(recipe(data=plain, output=str(tmp_path / "a"), **fields))
+    b = train(recipe(data=scaled, output=str(tmp_path / "b"), **fields))
+    assert b.metrics["pearson"] == pytest.approx(a.metrics["pearson"], abs=0.02)
+    assert b.metrics["mse"] == pytest.approx(scale**2 * a.metrics["mse"], rel=0.05)
+    assert b.curve[0]["loss"] == pytest.approx(scale**2 * a.curve[0]["loss"], rel=1e-2)
+    assert [p["rate"] for p in b.curve] == [p["rate"] for p in a.curve]
+    assert evaluate(str(b.folder)) == b.metrics
+
+
+def test_a_fresh_regression_head_starts_at_the_mean_of_the_labels(recipe: Make, tmp_path: Path) -> None:
+    from tiny_task import make_data
+
+    from inlay.work import open_work
+
+    made = recipe(data=make_data(tmp_path / "scores", regression=True))
+    work = open_work(made)
+    labels = torch.tensor(work.data.splits["train"].column("label"))
+    before = work.model.classifier.weight.clone()
+    adapter = work.attach(made)
+    assert start_at_labels(adapter, ["classifier"], labels.tolist()) == pytest.approx(float(labels.std(correction=0)))
+    head = {level.site.param: level.method for level in adapter.levels if isinstance(level.method, Head)}
+    assert head["bias"].value.item() == pytest.approx(float(labels.mean()))
+    torch.testing.assert_close(head["weight"].value, before * labels.std(correction=0))
+    assert head["weight"].unit == pytest.approx(float(labels.std(correction=0)))
+
+
+def test_a_trained_regression_head_is_left_as_it_is(recipe: Make, tmp_path: Path) -> None:
+    from tiny_task import make_data
+
+    from inlay.work import open_work
+
+    made = recipe(data=make_data(tmp_path / "scores", regression=True))
+    adapter = open_work(made).attach(made)
+    before = [p.clone() for p in adapter.parameters()]
+    assert start_at_labels(adapter, [], [1.0, 5.0]) == 1.0
+    assert all(torch.equal(p, t) for p, t in zip(adapter.parameters(), before, strict=True))
 
 
 def test_same_seed_same_adapter_other_seed_other_adapter(recipe: Make, tmp_path: Path) -> None:

@@ -18,5 +18,8 @@ class Head(ParameterMethod):
     kind: ClassVar[str] = "head"
     paper: ClassVar[str] = "task head"
 
+    unit = 1.0
+    """What a step of the learning rate is measured in: 1, or the deviation of a regression's labels."""
+
     def wants(self, module: nn.Module, name: str) -> bool:
         return True

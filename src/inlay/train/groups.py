@@ -17,11 +17,14 @@ from inlay.recipe import Recipe, Settings
 
 
 def optimiser(adapter: Adapter, recipe: Settings) -> torch.optim.AdamW:
-    """AdamW over the adapter's tensors; a group's `peak` is its learning rate before the schedule."""
-    groups = [
-        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
-        for (rate, decay), parameters in grouped(adapter, recipe).items()
-    ]
+    """AdamW over the adapter's tensors; a group's `peak` is its rate before the schedule, in its `unit`."""
+    heads = [level.method for level in adapter.levels if isinstance(level.method, Head)]
+    units = {id(p): head.unit for head in heads for p in head.parameters()}
+    groups: list[dict[str, Any]] = []
+    for (rate, decay), parameters in grouped(adapter, recipe).items():
+        for unit in dict.fromkeys(units.get(id(p), 1.0) for p in parameters):
+            chosen = [p for p in parameters if units.get(id(p), 1.0) == unit]
+            groups.append({"params": chosen, "lr": rate, "peak": rate, "unit": unit, "weight_decay": decay / unit})
     if not groups:
         raise OptionError("nothing would be trained: the method has no tensors here, and no task head was found")
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -98,10 +101,10 @@ def factor(schedule: str, warmup: float, step: int, total: int) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
-    """Put every group at its share of its peak; returns the largest rate."""
+    """Put every group at its share of its peak; returns the largest rate, each in its group's unit."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-    return max(group["lr"] for group in optimizer.param_groups)
+        group["lr"] = group["peak"] * share * group["unit"]
+    return max(group["peak"] * share for group in optimizer.param_groups)
 
 
 def first_given(*values: Any) -> Any:

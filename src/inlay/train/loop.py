@@ -28,6 +28,7 @@ from inlay.train.measure import step_memory
 from inlay.train.order import Order, mixed, split
 from inlay.train.progress import Progress, Silent
 from inlay.train.state import Checkpoints, TrainError, claim, load_into, snapshot, write_json
+from inlay.train.targets import start_at_labels
 from inlay.train.tensorboard import Log
 from inlay.work import Shared, Work, open_work
 
@@ -146,6 +147,9 @@ class Run:
         self.recipe, self.work, self.adapter, self.metric, self.progress = recipe, work, adapter, metric, progress
         self.folder, self.model = Path(recipe.output), work.model
         self.own = core.attached(work.model).adapters[adapter.name]
+        self.unit = 1.0
+        if work.task == "regression":
+            self.unit = start_at_labels(adapter, work.opened.head, work.data.splits["train"].column("label"))
         self.optimizer = optimiser(adapter, recipe)
         self.order = Order(
             len(work.rows("train")), recipe.batch * recipe.accumulate, recipe.seed,
@@ -205,7 +209,7 @@ class Run:
             part = self.source.forward(batch).loss * share
             loss += float(part.detach())
             # the penalty belongs to the step, not to its rows: every batch carries its share of it
-            (part + core.penalty(model) * share).backward()
+            (part / self.unit**2 + core.penalty(model) * share).backward()
         if not math.isfinite(loss):
             raise TrainError(f"the loss is {loss} at step {number + 1}: lower the learning rate (now {rate:.1e})")
         if recipe.clip:
