@@ -11,6 +11,8 @@ from inlay.plan import plan
 CASES = [
     ("minilm", "text-classification", "lora(r=8)", ["attn.q", "attn.v"], 16, 64),
     ("minilm", "text-classification", "bitfit", None, 8, 128),
+    ("minilm", "text-classification", "full", None, 8, 64),
+    ("minilm", "text-classification", "prompttuning", None, 8, 64),
     ("smollm2-135m-instruct", "causal-lm", "dora", ["attn.q", "attn.v"], 1, 64),
 ]
 
