@@ -78,6 +78,7 @@ CASES: dict[str, tuple[str, dict, dict[str, str], str]] = {
         "qwen2_moe", {**GROUPED, **MOE},
         {"": f"{EXPERTS} mlp.shared.gate mlp.shared.up mlp.shared.down shared_router"}, "embed norm"),
     "qwen3_moe": ("qwen3_moe", {**WIDE, **MOE}, {"": f"{EXPERTS} q_norm k_norm"}, "embed norm"),
+    "gpt_oss": ("gpt_oss", {**WIDE, "num_local_experts": 4}, {"": EXPERTS}, "embed norm"),
     "phi": ("phi", {**GROUPED, "hidden_size": 32}, {"": PLAIN.replace(" norm2", "")}, "embed norm"),
     "phi-qk-norm": (
         "phi", {**TEXT, "hidden_size": 32, "qk_layernorm": True}, {"": PLAIN.replace("norm2", "q_norm k_norm")},
@@ -296,7 +297,7 @@ def test_sublayers_end_before_the_residual(case):
     for pattern in ("attn.o", "cross.o", "mlp.down", "mlp.experts.down", "mlp.shared.down", "mixer.out"):
         for part in found.match(pattern):
             module = model.get_submodule(part.path)
-            for name in {part.param, "bias"} & set(dict(module.named_parameters(recurse=False))):
+            for name in {part.param, "bias", f"{part.param}_bias"} & set(dict(module.named_parameters(recurse=False))):
                 nn.init.zeros_(getattr(module, name))
     spans = [p for word in ("attn", "cross", "mlp", "mixer") for p in found.match(word)]
     _, seen_out = run_watched(model, inputs(case), {part.path for part in spans})

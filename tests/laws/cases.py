@@ -104,7 +104,7 @@ def cases(dtype: torch.dtype = torch.float32) -> list[Case]:
 
 
 @torch.no_grad()
-def stir(adapter: Adapter, seed: int = 1, by: float = 0.2) -> None:
+def stir(adapter: Adapter | nn.Module, seed: int = 1, by: float = 0.2) -> None:
     """Move every trained tensor away from its start, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for p in adapter.parameters():

@@ -218,12 +218,12 @@ def mixtral() -> nn.Module:
 
 def qwen_moe() -> nn.Module:
     return _auto("AutoModelForCausalLM", "qwen3_moe", **SMALL, num_key_value_heads=2, head_dim=4, num_experts=3,
-                 num_experts_per_tok=3, moe_intermediate_size=12)  # fmt: skip
+                 num_experts_per_tok=3, moe_intermediate_size=16)  # fmt: skip
 
 
 def gpt_oss() -> nn.Module:
     made = _auto("AutoModelForCausalLM", "gpt_oss", **SMALL, num_key_value_heads=2, head_dim=4, num_local_experts=3,
-                 num_experts_per_tok=3, sliding_window=8)  # fmt: skip
+                 num_experts_per_tok=3, sliding_window=8, use_cache=False)  # fmt: skip
     for name, p in made.named_parameters():
         if name.endswith("_bias"):
             nn.init.normal_(p, std=0.1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.core.method import Method
 
@@ -39,6 +39,7 @@ def given(method: Method, shared: dict[str, Tensor]) -> Given:
     options, path, name = method.fields(), method.site.path, method.site.name
     if "feedforward" in options:  # which of IA3's two equations holds is a matter of where it sits
         options["on_input"] = any(path.endswith(n) or name.endswith(n) for n in options["feedforward"])
+    options["channels"] = isinstance(method.site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     of = options.get("of")
     wide = {n: t.double() for n, t in shared.items()}
     return Given(method.name(), options, own, wide, None if of is None else given(of, shared))
@@ -79,18 +80,13 @@ ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
 
 
 # ---------------------------------------------------------------------- methods on activations
-def _features_last(y: Tensor) -> Tensor:
-    """A map (batch, channels, …) with its channels last; vectors as they are."""
-    return y
-
-
 def bottleneck(g: Given, of_input: bool, normed: bool = False) -> Rule:
     """y + W_up σ(W_down h + b_down) + b_up with h the output, or the input."""
     sigma = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[g.options["activation"]]
 
     def rule(x: Tensor, y: Tensor) -> Tensor:
         h = (x if of_input else y).double()
-        channels = y.dim() > 3 or (y.dim() == 3 and y.shape[-1] != g["up"].shape[0])
+        channels = g.options["channels"]  # they come before the places of a map
         h = h.movedim(1, -1) if channels else h
         if normed:
             centred = h - h.mean(-1, keepdim=True)

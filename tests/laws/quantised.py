@@ -38,6 +38,13 @@ class Int8Tensor(torch.Tensor):
         made.codes, made.scale, made.offset = codes, scale, offset
         return made
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale", "offset"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: None, size: Any, stride: Any) -> Int8Tensor:
+        return cls(**parts)
+
     def dequantize(self) -> Tensor:
         return decode(self.codes, self.scale, self.offset)
 

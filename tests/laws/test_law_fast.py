@@ -16,6 +16,8 @@ import inlay
 from inlay.core import matrices as m
 from inlay.core import mount
 from inlay.core.method import WeightMethod
+from inlay.core.paths import prefers_effective
+from inlay.methods import LoRA
 from laws.benches import run
 from laws.cases import Case, cases, stir
 from laws.checks import close
@@ -26,7 +28,7 @@ Made = tuple[m.Matrix, list[Tensor], Callable[..., Tensor]]
 
 
 def leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=D, requires_grad=True)
+    return torch.randn(shape, dtype=D, requires_grad=True)
 
 
 def low_rank(d_out: int, d_in: int, r: int) -> Made:
@@ -155,10 +157,8 @@ def test_costs_are_counted(make: Any) -> None:
 
 
 # ---------------------------------------------------------------------- paths of whole layers
-PATHS = [
-    case for case in cases()
-    if isinstance(case.method, WeightMethod) and case.bench.name in ("linear", "conv2d", "conv1d-point", "gpt2-qv", "timm")
-]  # fmt: skip
+BENCHES = ("linear", "conv2d", "conv1d-point", "gpt2-qv", "timm")
+PATHS = [case for case in cases() if isinstance(case.method, WeightMethod) and case.bench.name in BENCHES]
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in PATHS])
@@ -187,13 +187,12 @@ def test_paths_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cheaper_path_is_taken() -> None:
-    """One token through a square layer favours factors of rank 1; many tokens favour a nearly full rank as W′."""
-    from inlay.core.paths import prefers_effective
-    from inlay.methods import LoRA
-
-    for rank, tokens, effective in ((1, 1, False), (1, 4096, False), (64, 4096, True), (64, 1, False)):
-        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-        adapter = inlay.adapt(model, LoRA(r=rank), "0")
-        levels = [(level.method, level.site) for level in adapter.levels]
-        with torch.no_grad():
-            assert prefers_effective(levels, torch.randn(tokens, 64)) is effective, (rank, tokens)
+    """In training a low rank stays factored and a nearly full rank becomes W′; at inference many tokens favour W′."""
+    training = ((1, 1, False), (1, 4096, False), (64, 4096, True), (64, 1, False))
+    inference = ((1, 1, False), (1, 4096, True), (64, 4096, True), (64, 1, False))
+    for grad, table in ((True, training), (False, inference)):
+        for rank, tokens, effective in table:
+            adapter = inlay.adapt(torch.nn.Sequential(torch.nn.Linear(64, 64)), LoRA(r=rank), "0")
+            levels = [(level.method, level.site) for level in adapter.levels]
+            with torch.set_grad_enabled(grad):
+                assert prefers_effective(levels, torch.randn(tokens, 64)) is effective, (grad, rank, tokens)

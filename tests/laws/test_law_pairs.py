@@ -1,4 +1,4 @@
-"""Law 10: every ordered pair of methods at one site composes correctly, merged as in the forward pass, or is refused."""
+"""Law 10: every ordered pair of methods at one site composes, merged as in the forward pass, or is refused."""
 
 from __future__ import annotations
 

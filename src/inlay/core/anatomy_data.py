@@ -156,6 +156,7 @@ MOE = replace(
         "shared_router": "mlp.shared_expert_gate",
     },
 )
+GPT_OSS = replace(MOE, block={**MOE.block, "router": "mlp.router"})
 PHI = Tower(
     "text",
     "layers",
@@ -462,6 +463,7 @@ FAMILIES: Mapping[str, tuple[Tower, ...]] = {
     **dict.fromkeys(("llama", "smollm3", "qwen2", "qwen3", "mistral", "gemma"), (LLAMA,)),
     **dict.fromkeys(("gemma2", "gemma3_text"), (GEMMA2,)),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), (MOE,)),
+    "gpt_oss": (GPT_OSS,),
     "phi": (PHI,),
     "phi3": (PHI3,),
     "gpt2": (GPT2,),

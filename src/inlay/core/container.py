@@ -81,6 +81,8 @@ class State:
     """Lengths of the prompts inside `inlay.core.positions.prompts`."""
     arguments: list[str] = field(default_factory=list)
     """Names of the model's positional arguments."""
+    factored: bool = False
+    """Act on outputs even where forming W′ is cheaper: a merge is proved by the path that does not form it."""
     running: bool = False
     """Whether the whole model's forward has begun and not ended."""
     handles: list[Any] = field(default_factory=list)

@@ -75,6 +75,8 @@ def export(
             raise MergeError(f"the exported model differs from the adapted one by {error:.2e} (tolerance {limit:.0e})")
         (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.chmod(temporary, 0o755)
+        for file in temporary.iterdir():
+            os.chmod(file, 0o644)
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)

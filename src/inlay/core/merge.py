@@ -49,7 +49,9 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
     model.eval()
     try:
         with inlay.only(*names):
+            inlay.state.factored = True
             before = {mount: probe(mount) for mount in stacks}
+            inlay.state.factored = False
             replacements = {mount: merged_tensors(mount, levels) for mount, levels in stacks.items()}
         inlay.state.merged_names, inlay.state.active_before = names, active
         put(model, stacks, replacements)
@@ -68,6 +70,7 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
             unmerge(model)
         raise
     finally:
+        inlay.state.factored = False
         for module, mode in modes.items():
             module.training = mode
         for path, module in inlay.state.swapped.items():

@@ -162,7 +162,7 @@ class Mount:
         if not all(has_closed_form(level.method) for level in levels):
             return {}
         hooked = [level for level in levels if acts_on_output(level)]
-        if not hooked:
+        if not hooked or self.inlay.state.factored:
             return {}
         x = first(args, kwargs)
         if x.is_nested or not prefers_effective([(lv.method, lv.site) for lv in hooked], x):

@@ -49,7 +49,7 @@ def dense(module: nn.Module) -> Tensor:
         assert isinstance(module, Quantised)
         return module.dequantize().detach()
     if maker(weight) != "bitsandbytes":
-        return weight.detach().dequantize()
+        return weight.detach().dequantize().to(weight.dtype)
     import bitsandbytes.functional as bits
 
     if type(weight).__name__ == "Params4bit":

@@ -273,8 +273,8 @@ class Site:
     @property
     def bias_rows(self) -> Rows | None:
         """Which numbers of the bias go with this site's rows; None for all."""
-        split = isinstance(self.module, nn.MultiheadAttention) and self.param != "in_proj_weight"
-        if split and self.rows is None:  # three matrices, one packed bias
+        packed = self.param == "in_proj_weight" or self.rows is not None
+        if isinstance(self.module, nn.MultiheadAttention) and not packed:  # three matrices, one packed bias
             return Rows("qkv".index(self.param[0]) * self.module.embed_dim, self.module.embed_dim)
         return self.rows
 

@@ -40,6 +40,11 @@ class Finder:
         self.modules = {
             path: m for path, m in self.model.named_modules() if not inside(path, "inlay") and not self._in_head(path)
         }
+        depths = {p.depth for p in self.anatomy.parts.values()} | {_first_number(path) for path in self.modules}
+        for layer in self.layers or ():
+            if layer not in depths:
+                last = max((d for d in depths if d is not None), default=None)
+                raise SiteError(f"no layer {layer}: " + ("none is known" if last is None else f"they are 0 to {last}"))
 
     def _in_head(self, path: str) -> bool:
         return any(inside(path, head) for head in self.head)
