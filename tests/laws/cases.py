@@ -27,6 +27,8 @@ SETTINGS: dict[str, list[str]] = {
     "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
     "vera": ["vera(r=5, d_initial=0.5)"],
     "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
+    "dylora": ["dylora(of=lora(r=4))", "dylora(of=lora(r=4, bias=true), rank=2)", "dylora(of=vera(r=5), frozen=true)"],
+    "adalora": ["adalora(r=4, target=2)"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "houlsby": ["houlsby(r=3, init='near')"],
     "pfeiffer": ["pfeiffer(r=3)"],

@@ -7,7 +7,7 @@ and output to the new output. Trained copies of base tensors need none: the chec
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,23 @@ def dora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return g["m"][:, None] * V / V.norm(dim=1, keepdim=True), b
 
 
+def dylora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """The leading n ranks of the inner update, r/n times as strong."""
+    assert g.inner is not None
+    r = g.inner.options["r"]
+    n = g.options["rank"] or r
+    cut = {"A": lambda t: t[:n], "B": lambda t: t[:, :n], "d": lambda t: t[:n]}
+    tensors = {k: cut[k](t) if k in cut else t for k, t in g.inner.tensors.items()}
+    shared = {k: cut[k[-1]](t) for k, t in g.inner.shared.items()}
+    V, b = ORACLES[g.inner.name](W, b, replace(g.inner, tensors=tensors, shared=shared))
+    return W + r / n * (V - W), b
+
+
+def adalora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + (α/r) P diag(E) Q."""
+    return W + g.options["alpha"] / g.options["initial"] * g["P"] @ g["E"].diag() @ g["Q"], b
+
+
 def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     """diag(l) W and l ⊙ b, or W diag(l) where the input is scaled."""
     if g.options["on_input"]:
@@ -75,7 +92,7 @@ def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:
 
 
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
-    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3,
+    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "dylora": dylora, "adalora": adalora,
 }  # fmt: skip
 
 

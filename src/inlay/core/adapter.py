@@ -357,21 +357,25 @@ def detach(model: nn.Module, keep_merged: bool = False) -> None:
 
 def penalty(model: nn.Module) -> Tensor | float:
     """The sum of the active methods' regularisers, to be added to the loss; 0.0 where none has one."""
-    terms = [t for lv in active_levels(model) if (t := lv.method.penalty()) is not None]
+    terms = [t for method in active_methods(model) if (t := method.penalty()) is not None]
     return torch.stack(terms).sum() if terms else 0.0
 
 
 def step(model: nn.Module, progress: float) -> None:
-    """Tell the active methods that an optimizer step was taken; `progress` runs from 0 to 1."""
-    for level in active_levels(model):
-        level.method.step(progress)
+    """Tell the active methods that an optimizer step was taken; `progress` runs from 0 to 1.
+
+    Call it after `optimizer.step()` and before `optimizer.zero_grad()`: methods that measure importance read gradients.
+    """
+    for method in active_methods(model):
+        method.step(progress)
 
 
-def active_levels(model: nn.Module) -> list[Level]:
-    """Levels of the active adapters, each built method once."""
+def active_methods(model: nn.Module) -> list[Method]:
+    """Built methods of the active adapters, each once, with the methods they are made of."""
     inlay = attached(model)
-    unique = {id(lv.method): lv for name in inlay.active for lv in inlay.levels(name)}
-    return list(unique.values())
+    levels = [level for name in inlay.active for level in inlay.levels(name)]
+    methods = {id(m): m for level in levels for m in level.method.modules() if isinstance(m, Method)}
+    return list(methods.values())
 
 
 class Adapter:

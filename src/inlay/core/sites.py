@@ -25,6 +25,7 @@ from inlay.core.rows import Rows
 
 if TYPE_CHECKING:
     from inlay.core.adapter import Inlay
+    from inlay.core.method import Method
     from inlay.core.towers import Tower
 
 
@@ -216,6 +217,8 @@ class Site:
     """The tower of a site on the token sequence, see `inlay.core.towers`."""
     parts: list[str] = field(default_factory=list)
     """Paths of the attentions such a site takes in, for a prefix."""
+    methods: list[Method] = field(default_factory=list)
+    """What was built here: a method, before it those it is made of."""
     inlay: Inlay | None = None
     uses: set[str] = field(default_factory=set)
     """Names of the shared tensors that the method here asked for."""

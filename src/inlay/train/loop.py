@@ -215,8 +215,8 @@ class Run:
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), recipe.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         core.step(model, (number + 1) / self.total)
+        self.optimizer.zero_grad(set_to_none=True)
         return loss, rate
 
     def due(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay.core.draws import Draw
 from inlay.core.errors import OptionError, SiteError
 from inlay.core.method import HiddenMethod, option, uniform
 from inlay.core.sites import ConvHost, Site
@@ -28,29 +28,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "identity": lambda h: h,
 }
-
-
-class Depth(nn.Module):
-    """How many of the lowest blocks robust AdapterDrop leaves out now: one draw per optimizer step, alike at all sites.
-
-    The draw follows from the number of steps taken, which is part of the state dict: an interrupted run goes on with
-    the draw it stopped at. Before the first step nothing is left out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.set_extra_state(torch.tensor(0))
-
-    def lowest(self, blocks: int) -> int:
-        """n ~ U{0, …, blocks − 1}."""
-        return int(self.share * blocks)
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.steps)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.steps = int(state)
-        self.share = random.Random(self.steps).random() if self.steps else 0.0
 
 
 class Bottleneck(HiddenMethod):
@@ -107,7 +84,7 @@ class Bottleneck(HiddenMethod):
         self.gain = trained(torch.ones(d_in), site) if self.normed else None
         self.shift = trained(torch.zeros(d_in), site) if self.normed else None
         self.s = trained(torch.tensor(self.scale), site) if self.learned else None
-        self.depth = Depth() if self.robust else None
+        self.depth = Draw() if self.robust else None
         self.blocks = 1 + max((peer.depth or 0 for peer in site.peers if tower(peer) == tower(site)), default=0)
 
     def count(self, site: Site) -> int:
@@ -150,12 +127,12 @@ class Bottleneck(HiddenMethod):
 
     def keeps(self) -> bool:
         """Whether this block's adapter acts now (AdapterDrop)."""
-        lowest = self.depth.lowest(self.blocks) if self.depth is not None and self.training else self.drop
+        lowest = self.depth.of(self.blocks) if self.depth is not None and self.training else self.drop
         return (self.site.depth or 0) >= lowest
 
     def step(self, progress: float) -> None:
         if self.depth is not None:
-            self.depth.set_extra_state(torch.tensor(self.depth.steps + 1))
+            self.depth.next()
 
 
 def leave_out(adapter: Adapter, n: int) -> None:
