@@ -28,6 +28,8 @@ SETTINGS: dict[str, list[str]] = {
     "vera": ["vera(r=5, d_initial=0.5)"],
     "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
     "dylora": ["dylora(of=lora(r=4))", "dylora(of=lora(r=4, bias=true), rank=2)", "dylora(of=vera(r=5), frozen=true)"],
+    "deltalora": ["deltalora(of=lora(r=2))"],
+    "relora": ["relora(of=lora(r=2), restarts=2)", "relora(of=vera(r=5), restarts=1)"],
     "adalora": ["adalora(r=4, target=2)"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "houlsby": ["houlsby(r=3, init='near')"],

@@ -413,7 +413,7 @@ def train(case: Case, rate: float, steps: int = 6) -> list[float]:
             assert p.grad is not None, f"{n} has no gradient"
             touched[n] |= bool(p.grad.ne(0).any())
         optimizer.step()
-        inlay.step(model, len(losses) / steps)
+        inlay.step(model, len(losses) / steps, optimizer)
     dead = [n for n, alive in touched.items() if not alive]
     assert not dead, f"never got a gradient: {dead}"
     same_tensors(before, tensors(model), "training")

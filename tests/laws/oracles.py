@@ -35,7 +35,8 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 
 def given(method: Method, shared: dict[str, Tensor]) -> Given:
     """Read a built method: plain tensors in float64."""
-    own = {n: p.detach().double() for n, p in method.named_parameters() if not n.startswith("of.")}
+    held = dict(method.named_parameters()) | method.states()
+    own = {n: p.detach().double() for n, p in held.items() if not n.startswith("of.")}
     options, path, name = method.fields(), method.site.path, method.site.name
     if "feedforward" in options:  # which of IA3's two equations holds is a matter of where it sits
         options["on_input"] = any(path.endswith(n) or name.endswith(n) for n in options["feedforward"])
@@ -79,6 +80,21 @@ def dylora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return W + r / n * (V - W), b
 
 
+def deltalora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s·B A + λ s·(B A − B_K A_K) once W moves."""
+    assert g.inner is not None
+    V, b = ORACLES[g.inner.name](W, b, g.inner)
+    then = {"A": g["A_K"], "B": g["B_K"]}
+    V_K, _ = ORACLES[g.inner.name](W, None, replace(g.inner, tensors=then))
+    return V + g["moving"] * g.options["ratio"] * (V - V_K), b
+
+
+def relora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """The inner update over W and what was set aside."""
+    assert g.inner is not None
+    return ORACLES[g.inner.name](W + g["frozen_B"] @ g["frozen_A"], b, g.inner)
+
+
 def adalora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     """W + (α/r) P diag(E) Q."""
     return W + g.options["alpha"] / g.options["initial"] * g["P"] @ g["E"].diag() @ g["Q"], b
@@ -93,6 +109,7 @@ def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:
 
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
     "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "dylora": dylora, "adalora": adalora,
+    "deltalora": deltalora, "relora": relora,
 }  # fmt: skip
 
 

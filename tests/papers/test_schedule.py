@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import inlay
 from inlay.core.errors import AdapterError, OptionError, SiteError
 from inlay.core.matrices import Dense
-from inlay.methods import IA3, AdaLoRA, DoRA, DyLoRA, LoRA, VeRA
+from inlay.methods import IA3, AdaLoRA, DeltaLoRA, DoRA, DyLoRA, LoRA, ReLoRA, VeRA
 from inlay.methods.schedule.dylora import use_rank
 
 STEPS = 20
@@ -163,12 +163,98 @@ def test_dylora_trains_its_leading_ranks_to_serve_alone() -> None:
 
 
 def test_dylora_needs_ranks() -> None:
-    with pytest.raises(SiteError, match="no product B A"):
+    with pytest.raises(SiteError, match="needs an update B A"):
         inlay.adapt(net(), DyLoRA(of=Rankless()), ("up",))
     with pytest.raises(OptionError, match="give dropout to DyLoRA"):
         DyLoRA(of=LoRA(dropout=0.1))
     with pytest.raises(OptionError):
         DyLoRA(of=IA3())
+
+
+def test_delta_lora_is_the_loop_that_moves_the_base() -> None:
+    """The paper's algorithm, written out: W moves by λ s (B' A' − B A) after every step from the start on."""
+    x, y = data()
+    model, plain = net(), net()
+    adapter = inlay.adapt(model, DeltaLoRA(of=LoRA(r=2, alpha=4), ratio=0.5, start=5 / STEPS), ("up",))
+    inner = adapter.levels[0].method.of
+    W = plain.up.weight.detach().clone()
+    A, B = (p.detach().clone().requires_grad_() for p in (inner.A, inner.B))
+    mine, theirs = torch.optim.Adam(adapter.parameters(), lr=1e-2), torch.optim.Adam([A, B], lr=1e-2)
+    for step in range(1, STEPS + 1):
+        mine.zero_grad()
+        (model(x) - y).square().mean().backward()
+        mine.step()
+        inlay.step(model, step / STEPS)
+        theirs.zero_grad()
+        before = (B @ A).detach()
+        plain.down(torch.tanh(nn.functional.linear(x, W + 2 * B @ A, plain.up.bias))).sub(y).square().mean().backward()
+        theirs.step()
+        if step > 5:
+            W += 0.5 * 2 * ((B @ A).detach() - before)
+        torch.testing.assert_close(inner.B, B, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.up.weight, W + 2 * B @ A, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.up._parameters["weight"], net().up.weight), "the base itself has not moved"
+
+
+def restarted(method: ReLoRA, taken: int = 12) -> tuple[nn.Module, inlay.Adapter, torch.optim.Adam, list[Tensor]]:
+    """So many steps of a run of twelve; W′ before and after each call of `inlay.step`."""
+    model, (x, y) = net(), data()
+    adapter = inlay.adapt(model, method, ("up",))
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    weights = []
+    for step in range(1, taken + 1):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        before = model.up.weight.detach().clone()
+        inlay.step(model, step / 12, optimizer)
+        weights += [before, model.up.weight.detach().clone()]
+    return model, adapter, optimizer, weights
+
+
+def test_relora_restarts_without_a_jump_and_gains_rank() -> None:
+    model, adapter, _, weights = restarted(ReLoRA(of=LoRA(r=1), restarts=2, warmup=0))
+    for cycle_end in (4, 8):  # the step at which a cycle ends moves nothing but what is trained
+        torch.testing.assert_close(weights[2 * cycle_end - 2], weights[2 * cycle_end - 1], rtol=0, atol=1e-6)
+    delta = model.up.weight - net().up.weight
+    assert torch.linalg.matrix_rank(delta.detach(), rtol=1e-4) == 3
+    method = adapter.levels[0].method
+    assert int(method.cycle) == 2
+    assert method.of.B.ne(0).any(), "training went on after the last restart"
+
+
+@pytest.mark.parametrize("by", ["random", "magnitude"])
+def test_relora_really_prunes_the_moments(by: str) -> None:
+    """Of each moment the share that is asked for is zero after a restart; with magnitude the largest are left."""
+    restart = 6
+    full = restarted(ReLoRA(of=LoRA(r=4), restarts=1, prune=0.0), restart)
+    pruned = restarted(ReLoRA(of=LoRA(r=4), restarts=1, prune=0.75, prune_by=by), restart)
+    for name in "AB":
+        states = [run[2].state[run[1].levels[0].method.of.get_parameter(name)] for run in (full, pruned)]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            before, after = (state[moment].flatten() for state in states)
+            assert before.ne(0).all()
+            gone = after.eq(0)
+            assert int(gone.sum()) == round(0.75 * gone.numel())
+            assert torch.equal(after[~gone], before[~gone])
+            assert by == "random" or before[gone].abs().max() <= before[~gone].abs().min()
+
+
+def test_relora_wants_the_optimizer() -> None:
+    model = net()
+    inlay.adapt(model, ReLoRA(restarts=1), ("up",))
+    with pytest.raises(AdapterError, match=r"give inlay\.step the optimizer"):
+        inlay.step(model, 0.6)
+
+
+def test_relora_warms_up_after_a_restart() -> None:
+    """Right after a restart steps are shorter than without a warm-up, by the share that is said."""
+    moves = {}
+    for warmup in (0, 4):
+        _, _, _, weights = restarted(ReLoRA(of=LoRA(r=2), restarts=1, warmup=warmup, prune=1.0))
+        moves[warmup] = [(b - a).norm().item() for a, b in zip(weights[1::2], weights[3::2], strict=False)]
+    assert moves[0][:5] == moves[4][:5], "before the restart all is the same"
+    assert moves[4][5] < 0.3 * moves[0][5]
 
 
 class Rankless(LoRA):

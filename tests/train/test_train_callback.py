@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import inlay
-from inlay.methods import AdaLoRA, DyLoRA
+from inlay.methods import AdaLoRA, DeltaLoRA, DyLoRA, LoRA, ReLoRA
 from inlay.train.callback import MethodCallback
 
 STEPS = 6
@@ -30,7 +30,7 @@ def test_as_in_a_plain_loop(tmp_path: Path) -> None:
     torch.manual_seed(1)
     rows = [{"x": torch.randn(8), "labels": torch.randn(8)} for _ in range(4)]
     batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-    for method in (AdaLoRA(r=4, target=1, start=0.0), DyLoRA()):
+    for method in (AdaLoRA(r=4, target=1, start=0.0), DyLoRA(), ReLoRA(of=LoRA(r=2), restarts=1), DeltaLoRA()):
         plain, trained = Net(), Net()
         adapters = [inlay.adapt(model, method, ("up", "down")) for model in (plain, trained)]
         plain.train()
@@ -38,7 +38,7 @@ def test_as_in_a_plain_loop(tmp_path: Path) -> None:
         for k in range(STEPS):
             (plain(**batch)["loss"] + inlay.penalty(plain)).backward()
             optimizer.step()
-            inlay.step(plain, (k + 1) / STEPS)
+            inlay.step(plain, (k + 1) / STEPS, optimizer)
             optimizer.zero_grad()
         arguments = TrainingArguments(
             str(tmp_path), max_steps=STEPS, per_device_train_batch_size=4, optim="sgd", learning_rate=0.1, report_to=[],

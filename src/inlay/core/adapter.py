@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, ComposeError, OptionError, RouteError, SiteError
@@ -361,13 +362,14 @@ def penalty(model: nn.Module) -> Tensor | float:
     return torch.stack(terms).sum() if terms else 0.0
 
 
-def step(model: nn.Module, progress: float) -> None:
+def step(model: nn.Module, progress: float, optimizer: Optimizer | None = None) -> None:
     """Tell the active methods that an optimizer step was taken; `progress` runs from 0 to 1.
 
-    Call it after `optimizer.step()` and before `optimizer.zero_grad()`: methods that measure importance read gradients.
+    Call it after `optimizer.step()` and before `optimizer.zero_grad()`: methods that measure importance read gradients,
+    those that begin anew (ReLoRA) change the optimizer's moments.
     """
     for method in active_methods(model):
-        method.step(progress)
+        method.step(progress, optimizer)
 
 
 def active_methods(model: nn.Module) -> list[Method]:

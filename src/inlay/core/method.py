@@ -21,6 +21,8 @@ from inlay.core.matrices import Matrix
 from inlay.core.options import check_known, option, options
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from inlay.core.sites import Site
 
 M = TypeVar("M", bound="Method")
@@ -107,8 +109,8 @@ class Method(nn.Module, ABC):
         """A regulariser that belongs to the method, added to the loss; None for none."""
         return None
 
-    def step(self, progress: float) -> None:
-        """What happens between optimizer steps; `progress` runs from 0 to 1."""
+    def step(self, progress: float, optimizer: Optimizer | None) -> None:
+        """What happens between optimizer steps; `progress` runs from 0 to 1, the optimizer is for who needs it."""
         return
 
     def stored(self) -> dict[str, Tensor]:
@@ -135,6 +137,10 @@ class Method(nn.Module, ABC):
         built.build(site)
         site.methods.append(built)
         return built
+
+    def afresh(self) -> Self:
+        """Another copy built at the same site, as at the start; it is not attached."""
+        return self.at(dataclasses.replace(self.site, methods=[]))
 
     @property
     def site(self) -> Site:

@@ -8,7 +8,9 @@ from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
 from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.schedule.adalora import AdaLoRA
+from inlay.methods.schedule.deltalora import DeltaLoRA
 from inlay.methods.schedule.dylora import DyLoRA
+from inlay.methods.schedule.relora import ReLoRA
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
 from inlay.methods.weight.bitfit import BitFit
@@ -20,6 +22,6 @@ from inlay.methods.weight.normtuning import NormTuning
 from inlay.methods.weight.vera import VeRA
 
 __all__ = [
-    "IA3", "AdaLoRA", "BitFit", "DiReFT", "DoRA", "DyLoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA",
-    "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "VeRA",
+    "IA3", "AdaLoRA", "BitFit", "DeltaLoRA", "DiReFT", "DoRA", "DyLoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe",
+    "LoRA", "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "ReLoRA", "VeRA",
 ]  # fmt: skip

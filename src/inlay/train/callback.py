@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from inlay.core.adapter import penalty, step
@@ -18,13 +18,13 @@ class MethodCallback(TrainerCallback):
     """
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        term = penalty(model)
+        term = penalty(kwargs["model"])
         if isinstance(term, Tensor):
             term.backward()
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step(model, (state.global_step + 1) / state.max_steps)
+        step(kwargs["model"], (state.global_step + 1) / state.max_steps, kwargs["optimizer"])

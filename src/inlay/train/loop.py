@@ -215,7 +215,7 @@ class Run:
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), recipe.clip)
         self.optimizer.step()
-        core.step(model, (number + 1) / self.total)
+        core.step(model, (number + 1) / self.total, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, rate
 

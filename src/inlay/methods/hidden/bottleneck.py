@@ -16,6 +16,8 @@ from inlay.core.method import HiddenMethod, option, uniform
 from inlay.core.sites import ConvHost, Site
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from inlay.core.adapter import Adapter
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "identity"]
@@ -130,7 +132,7 @@ class Bottleneck(HiddenMethod):
         lowest = self.depth.of(self.blocks) if self.depth is not None and self.training else self.drop
         return (self.site.depth or 0) >= lowest
 
-    def step(self, progress: float) -> None:
+    def step(self, progress: float, optimizer: Optimizer | None) -> None:
         if self.depth is not None:
             self.depth.next()
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from inlay.core.errors import AdapterError, OptionError
 from inlay.core.matrices import LowRank
 from inlay.core.method import DeltaMethod, option, register
 from inlay.core.sites import Site
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 @register
@@ -63,7 +66,7 @@ class AdaLoRA(DeltaMethod):
         return self.orthogonality * (apart(self.P.T) + apart(self.Q)) / (2 * len(self.everywhere()))
 
     # ------------------------------------------------------------------ the budget
-    def step(self, progress: float) -> None:
+    def step(self, progress: float, optimizer: Optimizer | None) -> None:
         self.measure()
         sites = self.everywhere()
         if sites[-1] is not self:
