@@ -1,0 +1,111 @@
+"""Affine quantisation: W ≈ s·(W̄ − z) with W̄ integers of a few bits, and a linear layer that stores W̄."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers a row (or each group of `d_in / groups` of its entries) can take: s·(k − z), k = 0 … 2ᵇ − 1."""
+
+    scale: Tensor
+    """s (d_out, groups)."""
+    zero: Tensor
+    """z (d_out, groups), an integer kept as a float."""
+    bits: int
+
+    @classmethod
+    def of(cls, W: Tensor, bits: int, groups: int = 1, clip: float = 1.0) -> Grid:
+        """The grid between `clip` times each group's smallest and largest number, zero among its points."""
+        if not 2 <= bits <= 8:
+            raise OptionError(f"affine quantisation has 2 to 8 bits, got {bits}")
+        if W.shape[1] % groups:
+            raise OptionError(f"{W.shape[1]} inputs do not divide into {groups} groups")
+        parts = W.detach().float().unflatten(1, (groups, -1))
+        low, high = clip * parts.amin(-1).clamp(max=0), clip * parts.amax(-1).clamp(min=0)
+        scale = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
+        return cls(scale, (-low / scale).round(), bits)
+
+    @classmethod
+    def fitted(cls, W: Tensor, bits: int, groups: int = 1) -> Grid:
+        """Row by row the clipped grid with the least squared error, of twelve between none and half clipped."""
+        best = cls.of(W, bits, groups)
+        least = best.errors(W)
+        for clip in torch.linspace(0.96, 0.5, 12).tolist():
+            other = cls.of(W, bits, groups, clip)
+            errors = other.errors(W)
+            better = errors < least
+            least = torch.where(better, errors, least)
+            best = cls(torch.where(better, other.scale, best.scale), torch.where(better, other.zero, best.zero), bits)
+        return best
+
+    def codes(self, W: Tensor) -> Tensor:
+        """W̄ = clamp(⌊W/s⌉ + z, 0, 2ᵇ − 1), (d_out, d_in) in uint8."""
+        parts = W.detach().float().unflatten(1, (self.scale.shape[1], -1))
+        steps = (parts / self.scale[..., None]).round() + self.zero[..., None]
+        return steps.clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """s·(W̄ − z), (d_out, d_in)."""
+        parts = codes.unflatten(1, (self.scale.shape[1], -1)).to(self.scale.dtype)
+        return (self.scale[..., None] * (parts - self.zero[..., None])).flatten(1)
+
+    def errors(self, W: Tensor) -> Tensor:
+        """Squared error of every group, (d_out, groups)."""
+        off = self.values(self.codes(W)) - W.detach().float()
+        return off.square().unflatten(1, (self.scale.shape[1], -1)).sum(-1)
+
+    def split_error(self, W: Tensor) -> tuple[float, float]:
+        """(clipping, rounding): the squared error of numbers beyond the grid's limits, and of those within."""
+        limits = self.values(torch.zeros_like(W, dtype=torch.uint8)), self.values(torch.full_like(W, 2**self.bits - 1))
+        half = (limits[1] - limits[0]) / (2**self.bits - 1) / 2
+        beyond = (W < limits[0] - half) | (W > limits[1] + half)
+        off = (self.values(self.codes(W)) - W.detach().float()).square()
+        return float(off[beyond].sum()), float(off[~beyond].sum())
+
+
+class AffineLinear(nn.Module):
+    """x Ŵᵀ + b with Ŵ = s·(W̄ − z); two codes share a byte where they have four bits or fewer."""
+
+    def __init__(self, of: nn.Linear, bits: int = 8, groups: int = 1) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = of.in_features, of.out_features, bits
+        grid = Grid.fitted(of.weight, bits, groups)
+        self.register_buffer("codes", packed(grid.codes(of.weight)) if bits <= 4 else grid.codes(of.weight))
+        self.register_buffer("scale", grid.scale.to(of.weight.dtype))
+        self.register_buffer("zero", grid.zero.to(of.weight.dtype))
+        self.bias = of.bias
+
+    @property
+    def grid(self) -> Grid:
+        """Its grid, in the type it computes in."""
+        return Grid(self.get_buffer("scale"), self.get_buffer("zero"), self.bits)
+
+    def dequantize(self) -> Tensor:
+        """Ŵ (d_out, d_in)."""
+        codes = self.get_buffer("codes")
+        return self.grid.values(unpacked(codes, self.in_features) if self.bits <= 4 else codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.get_buffer('scale').shape[1]}"
+
+
+def packed(codes: Tensor) -> Tensor:
+    """Pairs of 4-bit codes in bytes, the first in the high half; an odd row ends in a zero."""
+    codes = F.pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, ::2] << 4 | codes[:, 1::2]
+
+
+def unpacked(pairs: Tensor, d_in: int) -> Tensor:
+    """The reverse of `packed`."""
+    return torch.stack([pairs >> 4, pairs & 15], -1).flatten(1)[:, :d_in]
