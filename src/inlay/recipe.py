@@ -57,6 +57,9 @@ class Settings:
         default="float32",
         doc="bfloat16: the base is held in it; autocast: matrix products are computed in it",
     )
+    quantize: Literal["nf4", "int8", "int4"] | None = option(
+        default=None, doc="hold the base's linear layers in few bits: NormalFloat, or affine (QLoRA is LoRA on nf4)"
+    )
     gradient_checkpointing: bool = option(default=False, doc="recompute activations in the backward pass")
     device: str = option(default="auto", doc="auto, cpu, cuda or cuda:N")
     # ------------------------------------------------------------------ evaluation

@@ -119,8 +119,10 @@ def open_work(recipe: Settings, seed: int = 0, shared: Shared | None = None) -> 
     )
     dtype = "bfloat16" if recipe.precision == "bfloat16" else "float32"
     opened: Opened = shared.opened.get(
-        [recipe.model, data.task, data.labels, dtype, seed],
-        lambda: inlay.models.open(recipe.model, data.task, labels=data.labels, dtype=dtype, seed=seed),
+        [recipe.model, data.task, data.labels, dtype, seed, recipe.quantize],
+        lambda: inlay.models.open(
+            recipe.model, data.task, labels=data.labels, dtype=dtype, seed=seed, quantize=recipe.quantize
+        ),
     )
     prepared: Prepared = shared.prepared.get(
         [data.fingerprint, opened.source, recipe.max_length, recipe.image_size, recipe.template],

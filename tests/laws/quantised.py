@@ -1,5 +1,5 @@
-"""Two honest quantised linear layers, int8 with a scale and an offset per row: a tensor that stands for its numbers,
-as torchao's do, and a module that keeps codes in buffers, as most others do."""
+"""Quantised linear layers. Two are honest ones of our own, int8 with a scale and an offset per row: a tensor that
+stands for its numbers, as torchao's do, and a module that keeps codes in buffers. The others are the library's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay.core.affine import AffineLinear
+from inlay.models.quantise import NF4Linear
 from laws.benches import Bench, Slot, vectors
 
 
@@ -89,16 +91,23 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
 
-class Packed(nn.Module):
-    """A residual network whose two large layers are quantised, one way or the other."""
+def of_int8(layer: nn.Linear) -> nn.Linear:
+    """The layer with an `Int8Tensor` for its weight."""
+    layer.weight = nn.Parameter(Int8Tensor(*encode(layer.weight.detach())), requires_grad=False)
+    return layer
 
-    def __init__(self, tensors: bool) -> None:
+
+STORED = {"int8-tensor": of_int8, "int8-module": Int8Linear, "nf4": NF4Linear,
+          "int4": lambda layer: AffineLinear(layer, bits=4, groups=2)}  # fmt: skip
+"""Two that are written here, and inlay's own."""
+
+
+class Packed(nn.Module):
+    """A residual network whose two large layers are quantised."""
+
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        up, down = nn.Linear(8, 12), nn.Linear(12, 8)
-        if tensors:
-            for layer in (up, down):
-                layer.weight = nn.Parameter(Int8Tensor(*encode(layer.weight.detach())), requires_grad=False)
-        self.up, self.down = (up, down) if tensors else (Int8Linear(up), Int8Linear(down))
+        self.up, self.down = (STORED[kind](layer) for layer in (nn.Linear(8, 12), nn.Linear(12, 8)))
         self.out = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +135,7 @@ class PackedSlot(Slot):
 def benches() -> list[Bench]:
     slots = (PackedSlot("up"), PackedSlot("down"))
     return [
-        Bench(f"int8-{kind}", lambda tensors=kind == "tensor": Packed(tensors), vectors(4, 3, 8), slots,
-              ("up", "down"), ("up", "down"), quantised=True)
-        for kind in ("tensor", "module")
+        Bench(kind, lambda kind=kind: Packed(kind), vectors(4, 3, 8), slots, ("up", "down"), ("up", "down"),
+              quantised=True)
+        for kind in STORED
     ]  # fmt: skip

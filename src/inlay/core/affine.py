@@ -64,9 +64,10 @@ class Grid:
 
     def split_error(self, W: Tensor) -> tuple[float, float]:
         """(clipping, rounding): the squared error of numbers beyond the grid's limits, and of those within."""
-        limits = self.values(torch.zeros_like(W, dtype=torch.uint8)), self.values(torch.full_like(W, 2**self.bits - 1))
-        half = (limits[1] - limits[0]) / (2**self.bits - 1) / 2
-        beyond = (W < limits[0] - half) | (W > limits[1] + half)
+        ends = (torch.zeros_like(W, dtype=torch.uint8), torch.full_like(W, 2**self.bits - 1, dtype=torch.uint8))
+        low, high = (self.values(end) for end in ends)
+        half = (high - low) / (2**self.bits - 1) / 2
+        beyond = (low - half > W) | (high + half < W)
         off = (self.values(self.codes(W)) - W.detach().float()).square()
         return float(off[beyond].sum()), float(off[~beyond].sum())
 

@@ -17,6 +17,7 @@ from inlay.core.adapter import attached
 from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
 from inlay.core.merge import TOLERANCE, difference, merge, unmerge
+from inlay.core.quantised import dense_layers
 
 RECORD = "inlay_export.json"
 
@@ -29,6 +30,8 @@ def export(
     tolerance: float | None = None,
 ) -> dict[str, Any]:
     """Write base and adapters merged, as a folder that `from_pretrained` opens; the model itself stays as it was.
+
+    A quantised base is written dense, with the numbers that it computes with.
 
     Args:
         folder: must not exist, or be empty.
@@ -57,9 +60,10 @@ def export(
     try:
         with torch.no_grad(), inlay.only(*names):
             adapted = first_output(model(**probe))
-        merge(model, *names)
+        merge(model, *names, dequantise=True)  # what is written is dense, whatever the base is stored in
         try:
-            write_base(model, temporary)
+            with dense_layers(model):
+                write_base(model, temporary)
         finally:
             unmerge(model)
         with torch.no_grad():

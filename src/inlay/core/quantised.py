@@ -7,6 +7,8 @@ layers of bitsandbytes, and any module that is a `Quantised`. Methods act on the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -73,3 +75,17 @@ def plain(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
     return made.train(module.training)
+
+
+@contextmanager
+def dense_layers(model: nn.Module) -> Iterator[None]:
+    """The model with ordinary linear layers in the places of its quantised ones, for as long as the context lasts."""
+    held = [(parent, name, m) for parent in model.modules() for name, m in parent._modules.items() if m is not None]
+    held = [(parent, name, m) for parent, name, m in held if is_quantised(m)]
+    for parent, name, module in held:
+        parent._modules[name] = plain(module, dense(module), module._parameters.get("bias"))
+    try:
+        yield
+    finally:
+        for parent, name, module in held:
+            parent._modules[name] = module

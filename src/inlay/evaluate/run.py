@@ -45,10 +45,11 @@ def adapted(folder: str | Path, base: str | None = None) -> Adapted:
     name = base or about.get("model") or document["base"]["name"]
     if not name:
         raise CheckpointError(f"{folder} does not say which model it was trained on: name it (base)")
-    precision = about.get("recipe", {}).get("precision", "float32")
+    recipe = about.get("recipe", {})
     opened = inlay.models.open(
-        name, about.get("task"), labels=about.get("labels"), dtype="bfloat16" if precision == "bfloat16" else "float32"
-    )
+        name, about.get("task"), labels=about.get("labels"), quantize=recipe.get("quantize"),
+        dtype="bfloat16" if recipe.get("precision") == "bfloat16" else "float32",
+    )  # fmt: skip
     adapter = load(opened.model, folder)
     opened.model.eval()
     return Adapted(opened, adapter, about)

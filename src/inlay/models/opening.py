@@ -48,6 +48,7 @@ def open(
     labels: list[str] | None = None,
     dtype: str = "float32",
     seed: int = 0,
+    quantize: str | None = None,
 ) -> Opened:
     """Open a model by embedded name, local folder, GGUF file or Hugging Face name.
 
@@ -58,6 +59,7 @@ def open(
         labels: class names, stored in the model's configuration.
         dtype: of the parameters, e.g. "float32" or "bfloat16".
         seed: of the fresh head's initialisation; the global random state is left as it was.
+        quantize: store linear layers in few bits, one of `inlay.models.quantise.KINDS`; None for none.
 
     Raises:
         ModelError: unknown name, task or dtype; labels that do not fit; a checkpoint that does not fit the task.
@@ -85,6 +87,10 @@ def open(
     if inside:
         raise ModelError(f"{source}: the shapes in the file differ from those of its configuration: {inside[0]}")
     head = _fresh_modules(model, {*report["missing_keys"], *resized})
+    if quantize is not None:
+        from inlay.models.quantise import quantise
+
+        quantise(model, quantize, head)
     return Opened(model.eval(), processor, str(name_or_path), source, note, head)
 
 

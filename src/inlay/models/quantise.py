@@ -108,11 +108,11 @@ class NF4Linear(nn.Module):
 
 def bitsandbytes() -> Any:
     """bitsandbytes' functions; OptionError where it is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can do without
     try:
         import bitsandbytes.functional as bits
     except ImportError:
         raise OptionError("nf4 needs bitsandbytes: pip install 'inlay[quantize]'") from None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can do without
     return bits
 
 
