@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import inlay
 from laws.benches import Inputs, benches, run
@@ -74,7 +75,12 @@ def train(model: nn.Module, *feeds: Inputs, forward: Forward | None = None, step
 
 
 def copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in tensors}
+    """Plain whole copies; of tensors spread over processes, all of these must ask."""
+    return {name: full(t.detach()).clone() for name, t in tensors}
+
+
+def full(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def same(found: Run, wanted: Run, tolerance: float = 1e-5) -> None:
