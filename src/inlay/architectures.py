@@ -56,11 +56,17 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "dinov2_with_registers", "image-classification",
         {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14},
     ),
+    "mobilenetv2": ("mobilenet_v2", "image-classification", {"tf_padding": False}),
+    "resnet50": ("resnet", "image-classification", {"downsample_in_bottleneck": True}),
 }  # fmt: skip
 
 
-def configuration(arch: str, labels: int = 2) -> tuple[Any, str]:
-    """(transformers configuration, task) of an architecture by name, or of a local model folder.
+IMAGE_SIZES = {"dinov2-small": 224}
+"""Side of the images that a model is given, where its configuration states the largest one."""
+
+
+def configuration(arch: str, labels: int = 2) -> tuple[Any, str, int]:
+    """(transformers configuration, task, side of its images in pixels) of an architecture by name or a model folder.
 
     Raises:
         OptionError: a name that is neither.
@@ -72,7 +78,8 @@ def configuration(arch: str, labels: int = 2) -> tuple[Any, str]:
     if arch in ARCHITECTURES:
         kind, task, fields = ARCHITECTURES[arch]
         classes = {} if task == "causal-lm" else {"num_labels": labels}
-        return AutoConfig.for_model(kind, **fields, **classes), task
+        config = AutoConfig.for_model(kind, **fields, **classes)
+        return config, task, IMAGE_SIZES.get(arch, image_size(config))
     if (Path(arch) / "config.json").exists():
         config = AutoConfig.from_pretrained(arch)
         heads = " ".join(config.architectures or [])
@@ -81,5 +88,11 @@ def configuration(arch: str, labels: int = 2) -> tuple[Any, str]:
             task = "image-classification"
         if task != "causal-lm":
             config.num_labels = labels
-        return config, task
+        return config, task, image_size(config)
     raise OptionError(f"unknown architecture '{arch}'{near(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})")
+
+
+def image_size(config: Any) -> int:
+    """The side that a configuration states, 224 where it states none."""
+    size = getattr(config, "image_size", None)
+    return size if isinstance(size, int) else 224

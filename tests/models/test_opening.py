@@ -171,7 +171,7 @@ def write_gguf(gguf, path, model) -> None:
         ({"task": "text-classification"}, "needs at least two classes: give labels, or num_labels"),
         ({"task": "text-classification", "num_labels": 3, "labels": ["a", "b"]}, "now 2 labels and num_labels=3"),
         ({"task": "features", "num_labels": 2}, "belong to classification, not to task 'features'"),
-        ({"task": "image-classification", "num_labels": 2}, "cannot be opened for image-classification"),
+        ({"task": "image-classification", "num_labels": 2}, "has no image-classification model"),
     ],
 )
 def test_what_does_not_fit(folder, arguments, message):
