@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from engine_steps import Run, adapted, copied, loss_of, train, trained
 from safetensors.torch import save_file
 from torch import nn
@@ -53,6 +55,7 @@ def sharded(model: nn.Module, **options: Any) -> nn.Module:
 
 ENGINES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DistributedDataParallel,
+    "accelerate": lambda model: Accelerator(cpu=True).prepare(model),
     "fsdp": sharded,
     "apart": lambda model: model,
 }
@@ -135,6 +138,8 @@ def refusals(folder: Path) -> dict:
 def main(rank: int, folder: Path) -> None:
     warnings.simplefilter("error", UserWarning)
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
+    os.environ["MASTER_ADDR"] = "localhost"  # accelerate wants all of these, though it finds the processes connected
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=SIZE, timeout=timedelta(seconds=60)
     )

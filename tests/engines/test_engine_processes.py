@@ -109,7 +109,8 @@ def launch(folder: Path, jobs: Sequence[Job], seconds: float = 120) -> Launch:
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     jobs = [(f"{engine}-{kind}", "classifier", engine, spec, None)
             for engine in ("ddp", "fsdp") for kind, spec in KINDS.items()]  # fmt: skip
-    return launch(tmp_path_factory.mktemp("kinds"), [*jobs, ("apart", "classifier", "apart", KINDS["weight"], None)])
+    jobs += [(name, "classifier", name, KINDS["weight"], None) for name in ("accelerate", "apart")]
+    return launch(tmp_path_factory.mktemp("kinds"), jobs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,6 +122,10 @@ def test_same_steps(kinds: Launch, engine: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_from_shards(kinds: Launch, kind: str) -> None:
     kinds.check_saved(f"fsdp-{kind}")
+
+
+def test_accelerate(kinds: Launch) -> None:
+    kinds.check("accelerate")
 
 
 def test_processes_that_do_not_speak_are_seen(kinds: Launch) -> None:
