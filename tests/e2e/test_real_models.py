@@ -99,8 +99,7 @@ def test_dinov2_classifies_images(tmp_path, data):
         tmp_path, model="dinov2-small", data=data, method="lora", steps=25, batch=16, image_size=56,
         limit={"train": 400, "validation": 20, "test": 100},
     )  # fmt: skip
-    chance = {"cifar10": 0.1, "cxr": 0.5}[data]
-    assert run.metrics["accuracy"] > 1.3 * chance
+    assert run.metrics["accuracy"] > {"cifar10": 0.4, "cxr": 0.8}[data]  # chance, classes balanced: 0.1 and 0.5
 
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenetv2"])
