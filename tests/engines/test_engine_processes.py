@@ -48,7 +48,7 @@ class Launch:
             r.losses = mean
             same(r, wanted)
         held = [set(facts[key]["spread"]) for facts in self.facts]
-        assert held == [set(wanted.parameters) if engine == "fsdp" else set()] * 2
+        assert held == [set(wanted.parameters) if "fsdp" in engine else set()] * 2
 
     def check_saved(self, key: str) -> None:
         """What the first process wrote loads into a plain model that gives the trained model's outputs."""
@@ -109,7 +109,7 @@ def launch(folder: Path, jobs: Sequence[Job], seconds: float = 120) -> Launch:
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     jobs = [(f"{engine}-{kind}", "classifier", engine, spec, None)
             for engine in ("ddp", "fsdp") for kind, spec in KINDS.items()]  # fmt: skip
-    jobs += [(name, "classifier", name, KINDS["weight"], None) for name in ("accelerate", "apart")]
+    jobs += [(name, "classifier", name, KINDS["weight"], None) for name in ("accelerate", "accelerate-fsdp", "apart")]
     return launch(tmp_path_factory.mktemp("kinds"), jobs)
 
 
@@ -124,8 +124,9 @@ def test_saved_from_shards(kinds: Launch, kind: str) -> None:
     kinds.check_saved(f"fsdp-{kind}")
 
 
-def test_accelerate(kinds: Launch) -> None:
-    kinds.check("accelerate")
+@pytest.mark.parametrize("key", ["accelerate", "accelerate-fsdp"])
+def test_accelerate(kinds: Launch, key: str) -> None:
+    kinds.check(key)
 
 
 def test_processes_that_do_not_speak_are_seen(kinds: Launch) -> None:
