@@ -28,6 +28,7 @@ SETTINGS: dict[str, list[str]] = {
     "vera": ["vera(r=5, d_initial=0.5)"],
     "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
+    "normtuning": ["normtuning", "normtuning(statistics='adapted')"],
     "houlsby": ["houlsby(r=3, init='near')"],
     "pfeiffer": ["pfeiffer(r=3)"],
     "paralleladapter": ["paralleladapter(r=3)"],
