@@ -66,13 +66,11 @@ IMAGE_SIZES = {"dinov2-small": 224}
 
 
 def configuration(arch: str, labels: int = 2) -> tuple[Any, str, int]:
-    """(transformers configuration, task, side of its images in pixels) of an architecture by name or a model folder.
+    """(transformers configuration, task, side of its images in pixels) of an architecture by name, or of a model.
 
     Raises:
-        OptionError: a name that is neither.
+        OptionError: an unknown name.
     """
-    from pathlib import Path
-
     from transformers import AutoConfig
 
     if arch in ARCHITECTURES:
@@ -80,16 +78,37 @@ def configuration(arch: str, labels: int = 2) -> tuple[Any, str, int]:
         classes = {} if task == "causal-lm" else {"num_labels": labels}
         config = AutoConfig.for_model(kind, **fields, **classes)
         return config, task, IMAGE_SIZES.get(arch, image_size(config))
-    if (Path(arch) / "config.json").exists():
-        config = AutoConfig.from_pretrained(arch)
-        heads = " ".join(config.architectures or [])
-        task = "causal-lm" if "CausalLM" in heads or "LMHead" in heads else "text-classification"
-        if config.model_type in ("vit", "dinov2", "dinov2_with_registers", "resnet", "mobilenet_v2"):
-            task = "image-classification"
-        if task != "causal-lm":
-            config.num_labels = labels
-        return config, task, image_size(config)
-    raise OptionError(f"unknown architecture '{arch}'{near(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})")
+    config = own_configuration(arch)
+    heads = " ".join(config.architectures or [])
+    task = "causal-lm" if "CausalLM" in heads or "LMHead" in heads else "text-classification"
+    if config.model_type in ("vit", "dinov2", "dinov2_with_registers", "resnet", "mobilenet_v2"):
+        task = "image-classification"
+    if task != "causal-lm":
+        config.num_labels = labels
+    return config, task, image_size(config)
+
+
+def own_configuration(arch: str) -> Any:
+    """The configuration of a model folder, a GGUF file or a Hugging Face name."""
+    from pathlib import Path
+
+    from transformers import AutoConfig
+
+    from inlay.models.catalogue import from_gguf
+
+    path = Path(arch).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        path = from_gguf(path)
+    if (path / "config.json").exists():
+        return AutoConfig.from_pretrained(path)
+    message = f"unknown architecture '{arch}'{near(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
+    if path.exists() or "/" not in arch:
+        raise OptionError(message)
+    try:
+        return AutoConfig.from_pretrained(arch)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise OptionError(f"{message}. As a Hugging Face name it cannot be opened: {why}") from error
 
 
 def image_size(config: Any) -> int:
