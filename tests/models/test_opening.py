@@ -121,7 +121,7 @@ def test_what_is_no_gguf_file_is_told_so(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "junk.gguf").write_text("junk")
-    with pytest.raises(ModelError, match="junk.gguf cannot be converted: .*not a GGUF file"):
+    with pytest.raises(ModelError, match=r"junk\.gguf cannot be converted: .*not a GGUF file"):
         inlay.models.open(tmp_path / "junk.gguf", "causal-lm")
     assert [p.name for p in (tmp_path / "cache" / "models").iterdir() if p.is_dir()] == []
 
