@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from engine_steps import Run, adapted, copied, loss_of, train, trained
+from engine_steps import Run, adapted, copied, loss_of, recomputed, train, trained
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -76,6 +76,8 @@ ENGINES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "accelerate": lambda model: Accelerator(cpu=True).prepare(model),
     "fsdp": sharded,
     "accelerate-fsdp": prepared,
+    "ddp-recomputed": lambda model: DistributedDataParallel(recomputed(model)),
+    "fsdp-recomputed": lambda model: sharded(recomputed(model)),
     "apart": lambda model: model,
 }
 """The last is none: processes that do not speak to each other, which the comparison must see."""

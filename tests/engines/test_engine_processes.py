@@ -23,6 +23,7 @@ from laws.benches import benches, run
 from laws.cases import methods, model_of, places
 
 WORKER = Path(__file__).with_name("engine_worker.py")
+EDITS = "loreft(r=2, positions='f2+l1')"
 Job = tuple[str, str, str, Any, list[str] | None]
 
 
@@ -110,6 +111,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     jobs = [(f"{engine}-{kind}", "classifier", engine, spec, None)
             for engine in ("ddp", "fsdp") for kind, spec in KINDS.items()]  # fmt: skip
     jobs += [(name, "classifier", name, KINDS["weight"], None) for name in ("accelerate", "accelerate-fsdp", "apart")]
+    jobs += [(name, "bert", name, EDITS, ["mlp.down"]) for name in ("ddp-recomputed", "fsdp-recomputed")]
     return launch(tmp_path_factory.mktemp("kinds"), jobs)
 
 
@@ -124,8 +126,8 @@ def test_saved_from_shards(kinds: Launch, kind: str) -> None:
     kinds.check_saved(f"fsdp-{kind}")
 
 
-@pytest.mark.parametrize("key", ["accelerate", "accelerate-fsdp"])
-def test_accelerate(kinds: Launch, key: str) -> None:
+@pytest.mark.parametrize("key", ["accelerate", "accelerate-fsdp", "ddp-recomputed", "fsdp-recomputed"])
+def test_prepared_by_accelerate_or_recomputed(kinds: Launch, key: str) -> None:
     kinds.check(key)
 
 
