@@ -28,7 +28,7 @@ class Count:
 
 def counts(arch: str, methods: list[str]) -> dict[str, Count]:
     """The counts of `inlay.plan.plan(arch, method, memory=False)`, on one skeleton for all methods."""
-    config, task = configuration(arch)
+    config, task, _ = configuration(arch)
     with fake():
         model = skeleton(config, task, torch.float32)
         return {text: count(model, text) for text in methods}

@@ -95,7 +95,7 @@ def option_table(cls: type[Method]) -> str:
     if not found:
         return "\n## Options\n\nNone.\n"
     rows = [[code(o.name), code(o.type_name), code(shown(o.default)), span(o), o.doc] for o in found.values()]
-    return "\n## Options\n\n" + table(["option", "type", "default", "range", ""], rows)
+    return "\n## Options\n\n" + table(["option", "type", "default", "range", "meaning"], rows)
 
 
 def shown(value: Any) -> str:
@@ -133,10 +133,10 @@ def size(name: str, counts: Counts) -> str:
         for arch in ARCHITECTURES:
             c = counts[arch][text]
             numbers = ["–", "–", "– " + notes.mark(c.refused)] if c.refused else [
-                f"{c.sites:,}", f"{c.adapter:,}", f"{100 * c.adapter / c.base:.3f} %",
+                f"{c.sites:,}", f"{c.adapter:,}", f"{100 * c.adapter / (c.base - c.head):.3f} %",
             ]  # fmt: skip
             rows.append([code(text), arch, *numbers])
-    page = "\n## Size\n\nTrained parameters with defaults, the task head not counted."
+    page = "\n## Size\n\nTrained parameters with defaults; the task head is counted neither there nor in the base."
     page += f" At one site: {formula}" if formula else ""
     page += "\n\n" + table(["method", "architecture", "sites", "parameters", "of the base"], rows)
     return page + ("\n" + notes.listed() if notes.texts else "")

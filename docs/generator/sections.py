@@ -83,8 +83,9 @@ def one_spelling(text: str) -> str:
     entry, _, path = body.rpartition(">")
     shown_path = code(path) if path else "the block itself"
     words = f"from {code(entry)} to {shown_path}" if entry else shown_path
-    words += f", tensor {code(param)}" if param else ""
-    return words + (", rows" if rule else "")
+    if param:
+        return f"{words}, {'its rows of ' if rule else ''}tensor {code(param)}"
+    return words + (", its rows" if rule else "")
 
 
 # ---------------------------------------------------------------------- recipes
@@ -101,7 +102,7 @@ def recipe_sections() -> dict[str, str]:
 
 def field_table(fields: list[Option]) -> str:
     rows = [[code(o.name), code(o.type_name), default(o), span(o), o.doc] for o in fields]
-    return table(["field", "type", "default", "range", ""], rows)
+    return table(["field", "type", "default", "range", "meaning"], rows)
 
 
 def default(o: Option) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from inlay.core.method import DeltaMethod, method_from
 from inlay.interop.peft import WRITTEN_FOR, support
 
@@ -28,7 +30,8 @@ to it, and what the letter says is done and compared. Nothing here is written by
 | – | refused when attaching, with the reason below |
 | · | not asked: methods on tokens act on the token sequence and others do not, a task head alone has no place |
 
-A letter that is missing is refused; the numbers give the reasons, with the letter they are about.
+A letter that is missing is refused. The numbers point to the reasons, with the letter they are about; one beside a
+method's name holds wherever the method attaches.
 
 """
 
@@ -53,7 +56,7 @@ and that is not empty, is not loaded. The field tables are in [peft.md](peft.md)
 def support_page(cells: dict[str, dict[str, Cell]], compiled: dict[tuple[str, str], str]) -> str:
     """The whole page; `cells` by method and place, `compiled` says why a (method, place) does not compile."""
     notes = Notes()
-    rows = [[name_of(text), *(mark(row.get(place.name), notes) for place in PLACES)] for text, row in cells.items()]
+    rows = [line(text, row, notes) for text, row in cells.items()]
     page = HEADER + INTRO + table(["method", *(place.name for place in PLACES)], rows)
     page += "\n" + table(["column", "is"], [[place.name, place.what] for place in PLACES])
     page += "\n" + notes.listed()
@@ -61,8 +64,31 @@ def support_page(cells: dict[str, dict[str, Cell]], compiled: dict[tuple[str, st
     tried = [[name_of(text), where, verdict(why, notes)] for (text, where), why in compiled.items()]
     page += COMPILE + table(["method", "at", "one graph"], tried)
     page += ("\n" + notes.listed() if notes.texts else "") + PEFT
-    kinds = [[row["peft_type"], row["use"], row["note"]] for row in support() if not row["field"]]
-    return page + table(["PEFT method", "", "inlay"], kinds)
+    return page + table(["PEFT method", "folders are", "what corresponds to it, and where"], peft_kinds())
+
+
+def peft_kinds() -> list[list[str]]:
+    """PEFT's methods, read or written or refused; those of no counterpart last."""
+    found = [[row["peft_type"], row["use"], row["note"]] for row in support() if not row["field"]]
+    return sorted(found, key=lambda row: row[1] == "refused")
+
+
+def line(text: str, row: dict[str, Cell], notes: Notes) -> list[str]:
+    """A method's row of the matrix."""
+    attached = [cell.refused for cell in row.values() if "attach" in cell.works]
+    always = {
+        (what, why) for what, why in (attached[0].items() if attached else ())
+        if len(attached) > 1 and all(refused.get(what) == why for refused in attached)
+    }  # fmt: skip
+    beside = marks(dict(always), notes)
+    return [f"{name_of(text)} {beside}".rstrip(), *(mark(row.get(place.name), notes, always) for place in PLACES)]
+
+
+def marks(refused: dict[str, str], notes: Notes) -> str:
+    """The numbers of reasons, in the order of the letters."""
+    return "<sup>,</sup>".join(
+        notes.mark(f"**{letter}** {refused[name]}") for name, letter in LETTERS.items() if name in refused
+    )
 
 
 def name_of(text: str) -> str:
@@ -72,16 +98,15 @@ def name_of(text: str) -> str:
     return f"[{name}](methods/{method.name()}.md)"
 
 
-def mark(cell: Cell | None, notes: Notes) -> str:
-    """A cell of the matrix."""
+def mark(cell: Cell | None, notes: Notes, always: Set[tuple[str, str]] = frozenset()) -> str:
+    """A cell of the matrix; the reasons in `always` stand beside the method's name."""
     if cell is None:
         return "·"
     if "attach" in cell.refused:
         return "– " + notes.mark(cell.refused["attach"])
     letters = "".join(letter for name, letter in LETTERS.items() if name in cell.works)
-    return f"✓{letters} " + ",".join(
-        notes.mark(f"**{letter}** {cell.refused[name]}") for name, letter in LETTERS.items() if name in cell.refused
-    )
+    own = {name: why for name, why in cell.refused.items() if (name, why) not in always}
+    return f"✓{letters} {marks(own, notes)}".rstrip()
 
 
 def verdict(why: str, notes: Notes) -> str:
@@ -106,13 +131,17 @@ def peft_page() -> str:
     """Every field of PEFT's configurations, and what becomes of it."""
     page = HEADER + (
         "# Fields of PEFT folders\n\n"
-        "`inlay.load` reads a PEFT folder, `inlay.export_peft` writes one. Of each `adapter_config.json`:\n"
+        "`inlay.load` reads a PEFT folder, `inlay.export_peft` writes one ([guide](guide.md#peft-folders)).\n"
+        "For each kind, what becomes of the fields of its `adapter_config.json`: *read* is followed, *no effect* is not\n"
+        "needed, and a folder where a *refused* field is set is not loaded. A field that is not listed is refused\n"
+        "unless it is empty.\n"
     )
-    for kind in [row for row in support() if not row["field"]]:
-        fields = [row for row in support() if row["field"] and row["peft_type"] == kind["peft_type"]]
-        page += f"\n## {kind['peft_type']}\n\n{kind['use']}: {kind['note']}\n"
+    for kind, use, note in peft_kinds():
+        fields = [row for row in support() if row["field"] and row["peft_type"] == kind]
+        page += f"\n## {kind[0].upper() + kind[1:]}\n\n{use.capitalize()}: {note}.\n"
         if fields:
-            page += "\n" + table(["field", "", ""], [[code(row["field"]), row["use"], row["note"]] for row in fields])
+            lines = [[code(row["field"]), row["use"], row["note"]] for row in fields]
+            page += "\n" + table(["field", "in a folder that is read", "remark"], lines)
     return page
 
 

@@ -56,30 +56,62 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "dinov2_with_registers", "image-classification",
         {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14},
     ),
+    "mobilenetv2": ("mobilenet_v2", "image-classification", {"tf_padding": False}),
+    "resnet50": ("resnet", "image-classification", {"downsample_in_bottleneck": True}),
 }  # fmt: skip
 
 
-def configuration(arch: str, labels: int = 2) -> tuple[Any, str]:
-    """(transformers configuration, task) of an architecture by name, or of a local model folder.
+IMAGE_SIZES = {"dinov2-small": 224}
+"""Side of the images that a model is given, where its configuration states the largest one."""
+
+
+def configuration(arch: str, labels: int = 2) -> tuple[Any, str, int]:
+    """(transformers configuration, task, side of its images in pixels) of an architecture by name, or of a model.
 
     Raises:
-        OptionError: a name that is neither.
+        OptionError: an unknown name.
     """
-    from pathlib import Path
-
     from transformers import AutoConfig
 
     if arch in ARCHITECTURES:
         kind, task, fields = ARCHITECTURES[arch]
         classes = {} if task == "causal-lm" else {"num_labels": labels}
-        return AutoConfig.for_model(kind, **fields, **classes), task
-    if (Path(arch) / "config.json").exists():
-        config = AutoConfig.from_pretrained(arch)
-        heads = " ".join(config.architectures or [])
-        task = "causal-lm" if "CausalLM" in heads or "LMHead" in heads else "text-classification"
-        if config.model_type in ("vit", "dinov2", "dinov2_with_registers", "resnet", "mobilenet_v2"):
-            task = "image-classification"
-        if task != "causal-lm":
-            config.num_labels = labels
-        return config, task
-    raise OptionError(f"unknown architecture '{arch}'{near(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})")
+        config = AutoConfig.for_model(kind, **fields, **classes)
+        return config, task, IMAGE_SIZES.get(arch, image_size(config))
+    config = own_configuration(arch)
+    heads = " ".join(config.architectures or [])
+    task = "causal-lm" if "CausalLM" in heads or "LMHead" in heads else "text-classification"
+    if config.model_type in ("vit", "dinov2", "dinov2_with_registers", "resnet", "mobilenet_v2"):
+        task = "image-classification"
+    if task != "causal-lm":
+        config.num_labels = labels
+    return config, task, image_size(config)
+
+
+def own_configuration(arch: str) -> Any:
+    """The configuration of a model folder, a GGUF file or a Hugging Face name."""
+    from pathlib import Path
+
+    from transformers import AutoConfig
+
+    from inlay.models.catalogue import from_gguf
+
+    path = Path(arch).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        path = from_gguf(path)
+    if (path / "config.json").exists():
+        return AutoConfig.from_pretrained(path)
+    message = f"unknown architecture '{arch}'{near(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
+    if path.exists() or "/" not in arch:
+        raise OptionError(message)
+    try:
+        return AutoConfig.from_pretrained(arch)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise OptionError(f"{message}. As a Hugging Face name it cannot be opened: {why}") from error
+
+
+def image_size(config: Any) -> int:
+    """The side that a configuration states, 224 where it states none."""
+    size = getattr(config, "image_size", None)
+    return size if isinstance(size, int) else 224

@@ -7,22 +7,29 @@ predicted peak is the largest number of live tensor bytes at any moment of that 
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from inlay.architectures import configuration
-from inlay.core.adapter import Methods, adapt
+from inlay.core.adapter import Adapter, Methods, adapt
+from inlay.core.checkpoint import describe_site, stored_tensors
 from inlay.core.errors import OptionError
+from inlay.core.files import canonical
+
+ABOUT_BYTES = 3000
+"""What a description says besides its sites: recipe, task, metrics, digests; about 3 kB as `train` writes it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of an adapter. Bytes are of tensors; the saved file adds about 0.5 KB of description per site."""
+    """The cost of an adapter; `adapter_bytes` and `head_bytes` are of tensors alone."""
 
     arch: str
     method: str
@@ -34,8 +41,11 @@ class Plan:
     """Adapter parameters in percent of the base."""
     adapter_bytes: int
     head_bytes: int
+    file_bytes: int
+    """Predicted size of `adapter.safetensors`, with the head and the description."""
     batch: int
     length: int
+    """Tokens per row; for images their side in pixels."""
     peak_training_bytes: int | None
     """Weights, trained tensors, gradients, AdamW state and activations at the worst moment of a step."""
 
@@ -50,9 +60,12 @@ def plan(
     *,
     layers: Sequence[int] | None = None,
     exclude: Sequence[str] = (),
+    overrides: dict[str, dict[str, Any]] | None = None,
+    head: Literal["auto"] | Sequence[str] | None = "auto",
+    task: str | None = None,
     labels: int = 2,
     batch: int = 32,
-    length: int = 128,
+    length: int | None = None,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     memory: bool = True,
@@ -61,28 +74,48 @@ def plan(
 
     Args:
         arch: a name in `inlay.architectures`, or a local folder with a `config.json`.
-        methods, where, layers, exclude: as for `inlay.adapt`.
+        methods, where, layers, exclude, overrides, head: as for `inlay.adapt`.
+        task: one of `TASKS`; by default that of the architecture.
         labels: classes of the task head, where the task has one.
-        batch, length: rows and tokens of a training batch (images have their architecture's size).
+        batch: rows of a training batch.
+        length: tokens per row, by default 128 or what the model takes; for images their side in pixels, by default the
+            model's own.
         dtype: type of the base; trained tensors are float32.
         memory: whether to run the step that predicts the peak.
+
+    Raises:
+        OptionError: an unknown architecture, a task it has no model for, rows it cannot take.  Also what `inlay.adapt`
+        raises.
     """
-    if batch < 1 or length < 1 or labels < 1:
+    if batch < 1 or labels < 1 or (length is not None and length < 1):
         raise OptionError("batch, length and labels must be at least 1")
-    config, task = configuration(arch, labels)
+    config, own_task, size = configuration(arch, labels)
+    task = task or own_task
+    images, most = task == "image-classification", longest(config)
+    length = length or (size if images else min(128, most))
+    if images:
+        check_side(arch, config, length)
+    elif length > most:
+        raise OptionError(f"{arch} takes {most} tokens at most, and length is {length}")
     with fake():
         model = skeleton(config, task, dtype)
-        adapter = adapt(model, methods, list(where) if where else None, layers=layers, exclude=exclude)
-        count, head = adapter.adapter_parameters, adapter.head_parameters
+        adapter = adapt(
+            model, methods, list(where) if where else None, layers=layers, exclude=exclude, overrides=overrides,
+            head=head,
+        )  # fmt: skip
+        count, in_head = adapter.adapter_parameters, adapter.head_parameters
         nbytes = sum(p.nbytes for p in adapter.parameters())
         head_bytes = sum(p.nbytes for lv in adapter.levels if lv.head for p in lv.method.parameters())
         sites = sum(not lv.head for lv in adapter.levels)
         base = adapter.base_parameters
         label = " + ".join(p.method.label() for p in adapter.placements)
+        written = file_bytes(adapter)
         peak = step_bytes(model, config, task, batch, length, gradient_checkpointing) if memory else None
     return Plan(
-        arch, label, sites, count, head, base, 100 * count / base, nbytes - head_bytes, head_bytes, batch, length, peak
-    )
+        arch=arch, method=label, sites=sites, adapter_parameters=count, head_parameters=in_head, base_parameters=base,
+        share=100 * count / base, adapter_bytes=nbytes - head_bytes, head_bytes=head_bytes, file_bytes=written,
+        batch=batch, length=length, peak_training_bytes=peak,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -99,11 +132,16 @@ def skeleton(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
     import transformers
     from transformers.initialization import no_init_weights
 
-    auto = {
+    auto: Any = {
         "causal-lm": transformers.AutoModelForCausalLM,
         "image-classification": transformers.AutoModelForImageClassification,
         "text-classification": transformers.AutoModelForSequenceClassification,
+        "regression": transformers.AutoModelForSequenceClassification,
     }[task]
+    if type(config) not in auto._model_mapping:
+        raise OptionError(f"transformers has no {task} model of the architecture '{config.model_type}'")
+    if task == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
     with no_init_weights():
         model = auto.from_config(config, dtype=dtype).train()
     model.tie_weights()
@@ -133,8 +171,40 @@ def step_bytes(model: nn.Module, config: Any, task: str, batch: int, length: int
 def example(config: Any, task: str, batch: int, length: int) -> dict[str, Tensor]:
     """A training batch of the right shapes."""
     if task == "image-classification":
-        size = getattr(config, "image_size", 224)
-        pixels = torch.zeros(batch, getattr(config, "num_channels", 3), size, size)
+        pixels = torch.zeros(batch, getattr(config, "num_channels", 3), length, length)
         return {"pixel_values": pixels, "labels": torch.zeros(batch, dtype=torch.long)}
     ids = torch.zeros(batch, length, dtype=torch.long)
-    return {"input_ids": ids, "labels": ids if task == "causal-lm" else torch.zeros(batch, dtype=torch.long)}
+    if task == "causal-lm":
+        return {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "labels": torch.zeros(batch, dtype=torch.float if task == "regression" else torch.long)}
+
+
+def longest(config: Any) -> int:
+    """Tokens for which a model has positions; those of rotary models are computed, so they have no end."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most is None or getattr(config, "rope_parameters", None) is not None:
+        return sys.maxsize
+    reserved = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0  # begin after the padding index
+    return most - reserved
+
+
+def check_side(arch: str, config: Any, side: int) -> None:
+    """OptionError where images cannot be cut into patches."""
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int) and side % patch:
+        raise OptionError(f"{arch} cuts images into patches of {patch} pixels: {side} is no multiple of it")
+
+
+def file_bytes(adapter: Adapter) -> int:
+    """Size of the file that `train` will write: tensors, their table, and the description of every site."""
+    tensors = stored_tensors(adapter)
+    table = {
+        name: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [t.nbytes, t.nbytes]}
+        for name, t in tensors.items()
+    }
+    sites = [
+        describe_site(lv.site) | {"slot": lv.site.key, "group": 0, "method": lv.method.specification(), "head": False}
+        for lv in adapter.levels
+    ]
+    text = canonical(table) + json.dumps(canonical({"sites": sites}))  # the description is a string in the table
+    return sum(t.nbytes for t in tensors.values()) + len(text.encode()) + ABOUT_BYTES

@@ -163,11 +163,24 @@ def load_recipe(source: str | Path | dict[str, Any] | None, cls: type[R], overri
     given = read(source) if isinstance(source, str | Path) else dict(source or {})
     given |= overrides or {}
     known = options(cls)
-    check_known(cls.__name__, given, known)
+    owner = str(source) if isinstance(source, str | Path) else "the recipe"
+    for field, command in (("methods", "compare"), ("method", "train")):
+        if field in given and field not in known:
+            raise OptionError(f"{owner} has '{field}': a recipe for `inlay {command}`")
+    check_known(owner, given, known)
     for name, opt in known.items():
         if opt.default is dataclasses.MISSING and name not in given:
-            raise OptionError(f"{cls.__name__} needs '{name}': {opt.doc}")
+            raise OptionError(f"{owner} needs '{name}': {opt.doc}")
     return cls(**given)
+
+
+def rows_at(source: str | Path, overrides: dict[str, Any] | None = None) -> list[Row]:
+    """The rows of a recipe file of either kind; one for `inlay train` is a single row."""
+    given = read(source) | (overrides or {})
+    if "methods" in given:
+        return load_recipe(source, CompareRecipe, overrides).rows()
+    recipe = load_recipe(source, Recipe, overrides)
+    return [Row(recipe.label(), [recipe.seed], recipe)]
 
 
 def as_dict(recipe: Settings) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def parse_value(text: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise OptionError(f"cannot read the value {text!r}: {one_line(error)}") from None
+        raise OptionError(f"cannot read the value {text!r}: {yaml_problem(error)}") from None
 
 
 # ---------------------------------------------------------------------- YAML
@@ -213,13 +226,16 @@ def read(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise OptionError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} is not YAML: {one_line(error)}") from None
+        raise OptionError(f"{path} is not YAML: {yaml_problem(error)}") from None
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise OptionError(f"{path} holds no recipe: it must be a mapping of fields, such as 'model: minilm'")
     return document
 
 
-def one_line(error: Exception) -> str:
+def yaml_problem(error: Exception) -> str:
+    """What is wrong with a text, and in which line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
     return " ".join(str(error).split())
 
 

@@ -1,20 +1,16 @@
 """Commands as a user types them, in this process."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from inlay.cli import main
 
 
-def run(capsys, *argv):
-    status = main(argv)
-    out = capsys.readouterr()
-    return status, out.out, out.err
-
-
-def test_methods_json_has_what_programs_need(capsys):
-    status, out, _ = run(capsys, "methods", "--json")
+def test_methods_json_has_what_programs_need(run):
+    status, out, _ = run("methods", "--json")
     found = json.loads(out)
     assert status == 0
     assert {"lora", "vera", "dora", "ia3", "bitfit", "loreft", "prompttuning", "prefixtuning"} <= {
@@ -27,16 +23,16 @@ def test_methods_json_has_what_programs_need(capsys):
         assert m["paper"]
 
 
-def test_one_method_shows_its_options(capsys):
-    status, out, _ = run(capsys, "methods", "LoRA")
+def test_one_method_shows_its_options(run):
+    status, out, _ = run("methods", "LoRA")
     assert status == 0
     assert "rank_stabilized" in out
     assert "2106.09685" in out
 
 
-def test_plan_of_the_vera_row(capsys):
+def test_plan_of_the_vera_row(run):
     status, out, _ = run(
-        capsys, "plan", "--arch", "roberta-base", "--method", "vera", "--set", "r=1024",
+        "plan", "--arch", "roberta-base", "--method", "vera", "--set", "r=1024",
         "--where", "attn.q,attn.v", "--batch", "2", "--length", "16", "--json",
     )  # fmt: skip
     found = json.loads(out)
@@ -63,29 +59,52 @@ def test_plan_of_the_vera_row(capsys):
         (["inspect", "/nowhere"], "no such folder"),
         (["train", "--model", "minilm", "--data", "trec"], "needs 'method'"),
         (["train", "/nowhere.yaml"], "cannot read the recipe"),
+        (["plan", "--arch", "minilm", "--method", "lora", "--length", "4096"], "takes 512 tokens at most"),
+        (["plan", "--arch", "roberta-base", "--method", "lora", "--length", "513"], "takes 512 tokens at most"),
+        (["plan", "--arch", "vit-base", "--method", "lora", "--length", "100"], "no multiple"),
+        (["plan", "--arch", "minilm", "--method", "lora", "--layers", "0,99"], "no layer 99: they are 0 to 5"),
+        (["plan", "--arch", "minilm", "--method", "lora", "--layers", "x"], "'layers' must be list[int]"),
+        (["plan", "--arch", "minilm", "--method", "lora", "--batch", "0"], "at least 1"),
+        (["plan", "--arch", "minilm", "--method", "lora", "--dtype", "int8"], "known: float32, bfloat16, float16"),
         (["data", "fetch"], "needs a name"),
+        (["data", "fetch", "trek"], "did you mean 'trec'"),
+        (["data", "list", "--limit", "3"], "has no meaning here"),
+        (["data", "preview", "trec"], "--model"),
+        (["data", "preview", "trec", "--model", "minilm", "--samples", "0"], "at least 1"),
+        (["models", "fetch", "mini"], "did you mean 'minilm'"),
+        (["models", "lst"], "did you mean 'list'"),
+        (["evaluate", "/nowhere", "--batch", "0"], "at least 1"),
+        (["evaluate", "/nowhere"], "no such folder"),
+        (["merge", "/nowhere"], "required: --output"),
+        (["export", "/nowhere", "--output", "x", "--format", "onnx"], "known: merged, peft"),
+        (["compare", "--model", "minilm", "--data", "trec", "--methods", "lora", "--set", "r=4"], "for one method"),
+        (["compare", "--model", "minilm", "--data", "trec", "--methods", "lora", "--seeds", "0,0"], "twice"),
+        (["train", "--learning_rate", "3"], "did you mean '--learning-rate'"),
+        (["methods", "lora", "vera"], "'vera' is one word too many"),
+        (["methdos"], "did you mean 'methods'"),
+        ([], "inlay --help"),
     ],
 )
-def test_mistakes_are_one_clear_line_and_status_2(capsys, argv, says):
-    status, out, err = run(capsys, *argv)
+def test_mistakes_are_one_clear_line_and_status_2(run, argv, says):
+    status, out, err = run(*argv)
     assert status == 2
     assert says in err
     assert err.count("\n") == 1
     assert not out
 
 
-def test_an_unknown_key_in_a_recipe_lists_the_known_ones(capsys, tmp_path):
+def test_an_unknown_key_in_a_recipe_lists_the_known_ones(run, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: minilm\ndata: trec\nmethod: lora\nlearing_rate: 1e-3\n")
-    status, _, err = run(capsys, "train", str(recipe))
+    status, _, err = run("train", str(recipe))
     assert status == 2
     assert "learing_rate" in err
     assert "learning_rate" in err
     assert "max_length" in err
 
 
-def test_listings(capsys):
-    _, out, _ = run(capsys, "models", "--json")
+def test_listings(run):
+    _, out, _ = run("models", "--json")
     models = {m["name"]: m for m in json.loads(out)}
     assert {
         "minilm",
@@ -97,7 +116,7 @@ def test_listings(capsys):
         "resnet50",
     } <= set(models)
     assert "MRI" in json.dumps(models["dinov2-small"])
-    _, out, _ = run(capsys, "data", "--json")
+    _, out, _ = run("data", "--json")
     names = {d["name"] for d in json.loads(out)}
     assert {
         "trec",
@@ -111,3 +130,39 @@ def test_listings(capsys):
         "grocery",
         "cxr",
     } <= names
+
+
+def test_a_recipe_for_another_command_is_told_so(run, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: minilm\ndata: trec\nmethods: [lora, vera]\n")
+    assert "a recipe for `inlay compare`" in run("train", recipe)[2]
+    recipe.write_text("model: minilm\ndata: trec\nmethod: lora\n")
+    assert "a recipe for `inlay train`" in run("compare", recipe)[2]
+    recipe.write_text("model: minilm\ndata: [trec\n")
+    assert "line 3" in run("train", recipe)[2]
+
+
+def test_flags_replace_fields_of_a_planned_recipe(run, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: roberta-base\ndata: none-such\nmethod: lora\n")
+    before = json.loads(run("plan", recipe, "--no-memory", "--json")[1])
+    after = json.loads(
+        run("plan", recipe, "--no-memory", "--json", "--method", "lora", "--set", "r=4", "--layers", "0")[1]
+    )
+    assert before["adapter_parameters"] == 294_912
+    assert after["adapter_parameters"] == 294_912 / 2 / 12
+
+
+def test_help_of_every_command_is_there(capsys):
+    for name in ("methods", "models", "data", "plan", "train", "compare", "evaluate", "merge", "export", "inspect"):
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        assert name in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m inlay methods --json | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[", "0"]
+    assert not done.stderr

@@ -13,6 +13,7 @@ import inlay
 from inlay.core.errors import CheckpointError, OptionError
 from inlay.core.method import REGISTRY, Method, method_from
 from inlay.methods import LoRA, NormTuning
+from inlay.train.state import load_into, snapshot
 
 ADAPTED = 'normtuning(statistics="adapted")'
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -139,6 +140,19 @@ def test_round_trip(tmp_path: Path) -> None:
     steps(again, 2)  # training goes on from the saved statistics
     assert torch.equal(again(X), model(X))
     assert same(state(again), state(net()))
+
+
+def test_a_run_that_goes_on_finds_its_statistics() -> None:
+    """What `inlay train` writes into checkpoints and keeps of the best adapter holds them."""
+    model = net()
+    inlay.adapt(model, method_from(ADAPTED), head=None)
+    own = model.inlay.adapters["default"]
+    steps(model)
+    then, kept = model(X), snapshot(own)
+    steps(model)
+    assert not torch.allclose(model(X), then)
+    load_into(own, kept)
+    assert torch.equal(model(X), then)
 
 
 def test_a_base_without_running_statistics_is_refused(tmp_path: Path) -> None:

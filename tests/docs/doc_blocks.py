@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from inlay.cli import main, parser
-from inlay.cli.commands import fields
+from inlay.cli.flags import recipe_fields
 from inlay.recipe import CompareRecipe, Recipe, load_recipe, read
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def understand(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     kinds = {"train": Recipe, "compare": CompareRecipe}
     if args.command in kinds and args.recipe is None:
-        load_recipe(None, kinds[args.command], fields(args, kinds[args.command]))
+        load_recipe(None, kinds[args.command], recipe_fields(args, kinds[args.command]))
 
 
 def read_recipe(block: Block, names: dict) -> None:

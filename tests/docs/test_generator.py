@@ -12,10 +12,10 @@ sys.path.insert(0, str(ROOT / "docs"))
 import build
 from generator import markdown
 from generator.counts import Count, counts
-from generator.measure import Trial, cell_of, specifications
+from generator.measure import Cell, Trial, cell_of, specifications
 from generator.places import PLACES, Place
 from generator.sections import pair
-from generator.support import compile_jobs
+from generator.support import compile_jobs, line
 
 import inlay
 from inlay.core.method import REGISTRY
@@ -51,6 +51,19 @@ def test_a_cell_says_why_something_is_refused() -> None:
     assert cell.works == {"attach", "several", "stack", "route"}
     assert cell.refused["merge"].startswith("*method* at *place* cannot be merged")
     assert set(cell.refused) == {"merge", "peft"}
+
+
+def test_reasons_that_hold_everywhere_stand_beside_the_name() -> None:
+    notes = markdown.Notes()
+    here = Cell({"attach", "stack"}, {"merge": "never", "peft": "not here"})
+    there = Cell({"attach", "stack"}, {"merge": "never"})
+    nowhere = Cell(refused={"attach": "no matrix"})
+    name, *marks = line("lora", {"Linear": here, "Conv1D": there, "norm": nowhere}, notes)
+    assert name == "[LoRA](methods/lora.md) <sup>1</sup>"
+    assert dict(zip([p.name for p in PLACES], marks, strict=True)) == {p.name: "·" for p in PLACES} | {
+        "Linear": "✓K <sup>2</sup>", "Conv1D": "✓K", "norm": "– <sup>3</sup>",
+    }  # fmt: skip
+    assert notes.texts == ["**M** never", "**P** not here", "no matrix"]
 
 
 def test_a_defect_stops_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

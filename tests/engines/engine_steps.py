@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import inlay
 from laws.benches import Inputs, benches, run
-from laws.cases import model_of, stir
+from laws.cases import Case, model_of, stir
 
 KINDS = {
     "weight": "lora(r=2, alpha=4)",
@@ -47,9 +48,31 @@ def adapted(spec: Any, bench: str = "classifier", **options: Any) -> nn.Module:
     return model.train()
 
 
+def lively(case: Case, *feeds: Inputs) -> Callable[[], nn.Module]:
+    """Makes a case's model in training mode, always the same, with a start at which no unit of an adapter is dead."""
+
+    def make(seed: int) -> nn.Module:
+        model = case.model()
+        stir(case.attach(model), seed)
+        return model.train()
+
+    for seed in range(1, 6):
+        model = make(seed)
+        loss_of(model, *feeds).backward()
+        if all(p.grad is not None and p.grad.any() for p in trained(model).values()):
+            return lambda: make(seed)
+    raise AssertionError(f"{case.name}: no gradient reaches some tensors from any start")
+
+
 def loss_of(forward: Forward, *feeds: Inputs) -> Tensor:
     """The mean over batches of the mean square of the outputs."""
     return torch.stack([run(forward, feed).float().square().mean() for feed in feeds]).mean()  # type: ignore[arg-type]
+
+
+def recomputed(model: Any, reentrant: bool = False) -> Any:
+    """The model with transformers' own checkpointing on."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -74,7 +97,12 @@ def train(model: nn.Module, *feeds: Inputs, forward: Forward | None = None, step
 
 
 def copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in tensors}
+    """Plain whole copies; of tensors spread over processes, all of these must ask."""
+    return {name: full(t.detach()).clone() for name, t in tensors}
+
+
+def full(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def same(found: Run, wanted: Run, tolerance: float = 1e-5) -> None:

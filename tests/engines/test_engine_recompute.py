@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_steps import KINDS, adapted, loss_of, same, train
+from engine_steps import KINDS, adapted, lively, loss_of, recomputed, same, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,12 +37,6 @@ class Counted:
         return checkpoint(run, *args, **self.options, **kwargs)
 
 
-def recomputed(model: Any, reentrant: bool = False) -> Any:
-    """The model with transformers' own checkpointing on."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return model
-
-
 def shorter(feed: Inputs) -> Inputs:
     """Another batch with other lengths."""
     mask = torch.ones_like(feed["input_ids"])
@@ -62,15 +56,11 @@ def test_same_steps(kind: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases() if c.bench.name in BENCHES])
 def test_same_steps_everywhere(case: Case, reentrant: bool) -> None:
-    def fresh() -> nn.Module:
-        model = case.model()
-        try:
-            stir(case.attach(model), by=0.1)
-        except (SiteError, ComposeError) as error:
-            pytest.skip(str(error))  # the laws check refusals
-        return model.train()
-
     feeds = (case.feed(), shorter(case.feed()))
+    try:
+        fresh = lively(case, *feeds)
+    except (SiteError, ComposeError) as error:
+        pytest.skip(str(error))  # the laws check refusals
     same(train(recomputed(fresh(), reentrant), *feeds), train(fresh(), *feeds))
 
 
@@ -91,6 +81,18 @@ def test_around_a_part_of_any_model(method: str) -> None:
     torch.manual_seed(0)
     same(train(fresh(lambda f: lambda x: again(f, x)), feed), wanted)
     assert again.runs == 3 * 2 * 2, "three steps of two blocks, each run twice"
+
+
+def test_inside_one_compiled_graph() -> None:
+    """Dynamo must be told that what a forward notes for its own hooks need not be noted again when it is run again."""
+    feed = benches()["bert"].feed()
+    wanted = train(adapted([EDITS, "lora(r=2)"], "bert"), feed)
+    model = recomputed(adapted([EDITS, "lora(r=2)"], "bert"))
+    model.config.use_cache = False  # transformers would log that it does so, in the middle of the graph
+    model.disable_input_require_grads()  # its hook, for reentrant checkpointing, cannot be traced
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        same(train(model, feed, forward=torch.compile(model, fullgraph=True, backend="aot_eager")), wanted)
 
 
 # ---------------------------------------------------------------------- what acts has changed before the backward pass

@@ -32,6 +32,7 @@ SETTINGS: dict[str, list[str]] = {
     "relora": ["relora(of=lora(r=2), restarts=2)", "relora(of=vera(r=5), restarts=1)"],
     "adalora": ["adalora(r=4, target=2)"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
+    "normtuning": ["normtuning", "normtuning(statistics='adapted')"],
     "houlsby": ["houlsby(r=3, init='near')"],
     "pfeiffer": ["pfeiffer(r=3)"],
     "paralleladapter": ["paralleladapter(r=3)"],

@@ -117,6 +117,15 @@ def test_gguf_file_is_converted_once(tmp_path, monkeypatch, capfd):
     opened.model.save_pretrained(tmp_path / "saved")
 
 
+def test_what_is_no_gguf_file_is_told_so(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "junk.gguf").write_text("junk")
+    with pytest.raises(ModelError, match=r"junk\.gguf cannot be converted: .*not a GGUF file"):
+        inlay.models.open(tmp_path / "junk.gguf", "causal-lm")
+    assert [p.name for p in (tmp_path / "cache" / "models").iterdir() if p.is_dir()] == []
+
+
 def write_gguf(gguf, path, model) -> None:
     """A float32 Llama in GGUF; its query and key rows are interleaved there."""
     c = model.config
@@ -171,7 +180,7 @@ def write_gguf(gguf, path, model) -> None:
         ({"task": "text-classification"}, "needs at least two classes: give labels, or num_labels"),
         ({"task": "text-classification", "num_labels": 3, "labels": ["a", "b"]}, "now 2 labels and num_labels=3"),
         ({"task": "features", "num_labels": 2}, "belong to classification, not to task 'features'"),
-        ({"task": "image-classification", "num_labels": 2}, "cannot be opened for image-classification"),
+        ({"task": "image-classification", "num_labels": 2}, "has no image-classification model"),
     ],
 )
 def test_what_does_not_fit(folder, arguments, message):

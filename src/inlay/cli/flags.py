@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Collection
 from typing import Any, get_args, get_origin
 
 from inlay.core.errors import OptionError
 from inlay.core.options import Option, options
-from inlay.recipe import parse_value
+from inlay.recipe import CompareRecipe, parse_value
 
 PREFIX = "field:"
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, skip: tuple[str, ...] = ()) -> None:
-    """One flag per field of a recipe class."""
+def add_fields(parser: argparse.ArgumentParser, cls: type, only: Collection[str] | None = None) -> None:
+    """One flag per field of a recipe class, or for some of them alone."""
     group = parser.add_argument_group("recipe fields")
     for opt in options(cls).values():
-        if opt.name in skip:
+        if only is not None and opt.name not in only:
             continue
         default = "required" if opt.default is dataclasses.MISSING else repr(opt.default)
         flag = {"nargs": "?", "const": "true"} if opt.type is bool else {}
@@ -31,7 +32,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, skip: tuple[str, ...]
 
 
 def given_fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The fields that flags set, in their types; `a,b` is a list where a list is wanted."""
+    """The fields that flags set, in their types; `a,b` is a list and `a=1,b=2` a mapping where one is wanted."""
     known = options(cls)
     given = {}
     for key, text in vars(args).items():
@@ -41,21 +42,49 @@ def given_fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     return given
 
 
+def recipe_fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """`given_fields`, with the options of `--set` given to the method."""
+    given = given_fields(args, cls)
+    if args.set:
+        if cls is CompareRecipe:
+            raise OptionError("--set is for one method: give options in the rows of the recipe")
+        named = given.get("method", [])  # a flag that takes lists is read as one
+        if len(named) != 1 or not isinstance(named[0], str):
+            raise OptionError("--set gives options to --method: name one method there")
+        given["method"] = with_options(named[0], args.set)
+    return given
+
+
+def with_options(method: str, pairs: list[str]) -> Any:
+    """A method named on the command line, with the options of `--set`."""
+    given = assignments(pairs)
+    if not given:
+        return method
+    if "(" in method:
+        raise OptionError("give options either in the call or with --set, not both")
+    return {"method": method, **given}
+
+
 def read_value(text: str, opt: Option) -> Any:
     """A flag's text in the option's type."""
-    if wants(opt.type, list) and not text.lstrip().startswith("["):
+    bare = not text.lstrip().startswith(("[", "{"))
+    if wants(opt.type, list) and bare:
         item = str if wants_strings(opt.type) else None
         return [part.strip() if item else parse_value(part) for part in split_outside(text)]
+    if wants(opt.type, dict) and bare and "=" in text:
+        return assignments(split_outside(text), f"--{opt.name.replace('_', '-')}")
     return text if opt.type is str else parse_value(text)
 
 
-def assignments(pairs: list[str]) -> dict[str, Any]:
+def assignments(pairs: list[str], flag: str = "--set") -> dict[str, Any]:
     """`["r=8", "of=vera(r=256)"]` as a mapping; calls stay text for the method parser."""
-    given = {}
+    given: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise OptionError(f"--set takes option=value, got '{pair}'")
+            raise OptionError(f"{flag} takes name=value, got '{pair}'")
+        if name in given:
+            raise OptionError(f"{flag} gives '{name}' twice")
         given[name] = text if "(" in text else parse_value(text)
     return given
 

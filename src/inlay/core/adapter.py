@@ -213,6 +213,10 @@ def overlapping(a: Site, b: Site) -> bool:
 def model_is(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt needs a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise AdapterError(
+            "adapt the model before DistributedDataParallel wraps it: only tensors that are there then are kept in step"
+        )
 
 
 def place(method: Method | Placement | str | dict) -> Placement:

@@ -12,6 +12,7 @@ from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
 from inlay.core.mount import Level, Mount, acts_on_output, has_closed_form, kept
 from inlay.core.quantised import dense, is_quantised, plain
+from inlay.core.sharded import is_spread
 from inlay.core.sites import ConvHost, EmbeddingHost, QuantisedHost, host_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -41,6 +42,11 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
     if not names:
         raise MergeError("no adapter is active: name those to merge")
     check_stack(inlay, names)
+    for name in names:
+        if is_spread(inlay.adapters[name]):
+            raise MergeError(
+                f"'{name}' is spread over processes: save it, and merge it where one process holds the model"
+            )
     stacks = {mount: [lv for n in names for lv in mount.levels.get(n, ())] for mount in inlay.state.mounts.values()}
     stacks = {mount: levels for mount, levels in stacks.items() if levels}
     refuse([lv for n in names for lv in inlay.levels(n)], dequantise)

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def is_sharded(t: Tensor | None) -> bool:
@@ -40,8 +44,22 @@ def is_spread(module: nn.Module) -> bool:
 
 
 @contextmanager
+def assembled(module: nn.Module) -> Iterator[list[DTensor]]:
+    """Whole tensors in place of the shards that a module holds now, which are yielded, while the context lasts."""
+    shards = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if is_sharded(p)]
+    try:
+        for part, name, p in shards:
+            assert p is not None
+            part._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
+        yield [p for _, _, p in shards]  # type: ignore[misc]
+    finally:
+        for part, name, p in shards:
+            part._parameters[name] = p
+
+
+@contextmanager
 def gathered(module: nn.Module) -> Iterator[bool]:
-    """Plain, whole tensors in a module while the context lasts; every process waits for the first at its end.
+    """Whole tensors in a module while the context lasts; every process waits for the first at its end.
 
     Yields whether this process is the first of those that hold parts of the module: the one to write files. A module
     that is not spread is left alone, nothing waits, and every process that asks is the first.
@@ -49,15 +67,10 @@ def gathered(module: nn.Module) -> Iterator[bool]:
     if not is_spread(module):
         yield True
         return
-    held = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if is_sharded(p)]
-    mesh = held[0][2].device_mesh  # type: ignore[union-attr]
-    try:
-        for part, name, p in held:
-            assert p is not None
-            part._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad)
-        yield not any(mesh.get_coordinate())
-    finally:
-        for part, name, p in held:
-            part._parameters[name] = p
-        for dim in range(mesh.ndim):
-            torch.distributed.barrier(mesh.get_group(dim))
+    with assembled(module) as shards:
+        mesh = shards[0].device_mesh
+        try:
+            yield not any(mesh.get_coordinate() or ())
+        finally:
+            for dim in range(mesh.ndim):
+                torch.distributed.barrier(mesh.get_group(dim))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from inlay.core.errors import AdapterError, RouteError
 from inlay.core.method import Method, PrefixMethod, PromptMethod
 from inlay.core.mount import Level
+from inlay.core.sharded import assembled
 from inlay.core.towers import Tower, arguments
 from inlay.core.virtual import Virtual, arrange, left_padding, trimmed
 
@@ -160,7 +161,8 @@ class Entry(TokenMount):
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             assert self.tower.embedding is not None
-            embeds = self.tower.embedding(kwargs["input_ids"])
+            with assembled(self.tower.embedding):  # FSDP2 has not put it together where it wraps a module around it
+                embeds = self.tower.embedding(kwargs["input_ids"])
         assert virtual.P is not None
         P = virtual.P.to(embeds.device, embeds.dtype).expand(embeds.shape[0], -1, -1)
         self.inlay.remember(P)

@@ -96,12 +96,13 @@ def choose_task(fields: Mapping[str, str], found: Sequence[str], task: str | Non
         wanted = [f for f, required in FIELDS[task].items() if required and f not in fields]
         also = ", or prompt and answer" if task == "causal-lm" else ""
         raise DataError(
-            f"{task} needs a column for {' and '.join(wanted)}{also}. {columns} Say which is which with columns=…"
+            f"{task} needs a column for {' and '.join(wanted)}{also}. {columns} Say which is which with columns, as in "
+            f"--columns {wanted[0]}={found[0]}"
         )
     if not fitting:
         raise DataError(
             f"No task fits. {columns} Known are text and label, text, text2 and label, image and label, messages, or "
-            f"prompt and answer; say which is which with columns=…"
+            "prompt and answer; say which is which with columns, as in --columns text=question,label=kind"
         )
     if len(fitting) > 1:
         raise DataError(f"Several tasks fit: {', '.join(fitting)}. {columns} Say which with task=…")

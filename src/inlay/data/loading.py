@@ -51,6 +51,7 @@ def load(
     limit: Mapping[str, int] | int | None = None,
     seed: int = 0,
     original: bool = False,
+    complete: bool = True,
 ) -> Data:
     """Load a data set and give it training, validation and test splits.
 
@@ -65,6 +66,7 @@ def load(
         seed: of the draw by `limit`, and of splits made from one's own files. The splits made from embedded sets do
             not depend on it, so that results stay comparable.
         original: keep an embedded set's splits as packaged, with test rows that also occur in training.
+        complete: make the splits that one's own files lack; without, a single file is a "train" split alone.
 
     Raises:
         DataError: unknown name, missing columns, or rows that do not fit the task (with file and row number).
@@ -79,8 +81,10 @@ def load(
     else:
         tables, note = _tables(name)
         task_found, splits, labels = rows_of(tables, columns or {}, task)
-        splits, notes = _complete(splits, task_found, seed)
-        notes = [note, *notes]
+        notes = [note]
+        if complete:
+            splits, made = _complete(splits, task_found, seed)
+            notes += made
     if limit is not None:
         splits = _limited(splits, task_found, limit, seed)
     return Data(

@@ -71,7 +71,7 @@ def prepare(
         if value is not None and not fits:
             raise DataError(f"{name} has no meaning for {data.task}.")
     if images:
-        options = {} if image_size is None else _size_options(processor, image_size)
+        options = {} if image_size is None else size_options(processor, image_size)
         splits = {split: ImageTensors(rows, processor, options) for split, rows in data.splits.items()}
         return Prepared(data.task, splits, Collate(), processor, None, None, "")
 
@@ -123,7 +123,7 @@ def _chats(rows: Rows, tokenizer: Any, template: str, length: int) -> tuple[Toke
     return TokenRows({"input_ids": encoded.input_ids, "labels": encoded.labels}, None), "; ".join(parts)
 
 
-def _size_options(processor: Any, side: int) -> dict[str, Any]:
+def size_options(processor: Any, side: int) -> dict[str, Any]:
     """The processor's options for square images of `side` pixels, cropping nothing but what is not square."""
     settings = processor.to_dict()
     size, square = settings.get("size") or {}, {"height": side, "width": side}

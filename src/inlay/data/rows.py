@@ -36,6 +36,10 @@ class Rows(Sequence[Row], ABC):
         """The rows at `indices`, in that order."""
 
     @abstractmethod
+    def relabelled(self, numbers: Sequence[int]) -> Rows:
+        """The rows with class i as class `numbers[i]`."""
+
+    @abstractmethod
     def column(self, field: str) -> list[Any]:
         """The values of one field (not `image`)."""
 
@@ -66,6 +70,9 @@ class TextRows(Rows):
 
     def take(self, indices: Sequence[int]) -> TextRows:
         return TextRows([self._rows[i] for i in indices])
+
+    def relabelled(self, numbers: Sequence[int]) -> TextRows:
+        return TextRows([{**row, "label": numbers[row["label"]]} for row in self._rows])
 
     def column(self, field: str) -> list[Any]:
         return [row[field] for row in self._rows]
@@ -102,6 +109,9 @@ class ImageRows(Rows):
     def take(self, indices: Sequence[int]) -> ImageRows:
         chosen = [self._images[i] for i in indices] if isinstance(self._images, list) else self._images[list(indices)]  # type: ignore[call-overload]
         return ImageRows(chosen, [self._labels[i] for i in indices], [self._keys[i] for i in indices])
+
+    def relabelled(self, numbers: Sequence[int]) -> ImageRows:
+        return ImageRows(self._images, [numbers[label] for label in self._labels], self._keys)
 
     def column(self, field: str) -> list[Any]:
         assert field == "label", field  # the one field that is not an image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,10 @@ def exact_match(work: Work, split: str, batch: int, max_new_tokens: int) -> floa
 
 @torch.no_grad()
 def generate(work: Work, prompts: Sequence[Chat], batch: int = 32, max_new_tokens: int = 256) -> list[str]:
-    """The model's greedy answer to each chat; prompts of one length go together, padded on the left."""
+    """The model's greedy answer to each chat; prompts of similar length go together, padded on the left.
+
+    Answers end where the model's context does; a prompt that fills it has an empty one.
+    """
     model: Any = work.model.eval()
     tokenizer, template = work.opened.processor, work.prepared.template
     assert template is not None
@@ -40,6 +44,8 @@ def generate(work: Work, prompts: Sequence[Chat], batch: int = 32, max_new_token
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     answers = [""] * len(encoded)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    order = [i for i in order if len(encoded[i]) < context]
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         longest = max(len(encoded[i]) for i in chosen)
@@ -48,7 +54,7 @@ def generate(work: Work, prompts: Sequence[Chat], batch: int = 32, max_new_token
         with work.computing():
             out = model.generate(
                 input_ids=ids.to(work.device), attention_mask=mask.to(work.device), do_sample=False,
-                max_new_tokens=max_new_tokens, pad_token_id=pad,
+                max_new_tokens=min(max_new_tokens, context - longest), pad_token_id=pad,
             )  # fmt: skip
         for i, row in zip(chosen, out[:, longest:].cpu(), strict=True):
             answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def evaluate(
     data: str | Data | None = None,
     split: str = "test",
     *,
+    columns: dict[str, str] | None = None,
     limit: int | None = None,
     batch: int = 128,
     generate: bool = False,
@@ -72,7 +73,9 @@ def evaluate(
     Args:
         model: folder of a saved adapter (which names its base, task, labels, template and data), or an opened model
             with whatever is attached to it.
-        data: a data set by name or as `inlay.data.load` gives it; the one trained on when omitted.
+        data: a data set by name or as `inlay.data.load` gives it; the one trained on when omitted. Of another single
+            file all rows are used.
+        columns: canonical field to column name, where the data's own names do not tell.
         limit: rows to keep, drawn in proportion to the classes.
         batch: rows per forward pass.
         generate: language models only: answer the prompts greedily and add `exact_match`, the share of answers that
@@ -96,12 +99,19 @@ def evaluate(
         if data is None:
             raise OptionError("evaluate needs a data set: the adapter does not name one")
     if isinstance(data, str):
+        known = {entry.name for entry in inlay.data.names()}
         same = data == about.get("data", {}).get("name")
         limits = limit if limit is not None else recipe.get("limit") if same else None
-        columns = recipe.get("columns") if same else None
-        data = inlay.data.load(data, columns, about.get("task") if not same else recipe.get("task"), limits)
-    if about.get("labels") and data.labels is not None and data.labels != about["labels"]:
-        raise OptionError(f"the adapter's labels are {about['labels']}, those of {data.name} are {data.labels}")
+        columns = columns or (recipe.get("columns") if same else None)
+        asked = recipe.get("task") if same else None if data in known else about.get("task")
+        data = inlay.data.load(data, columns, asked, limits, complete=same)
+        if list(data.splits) == ["train"]:  # a file of its own: all its rows are what is asked about
+            split = "train"
+    task = about.get("task")
+    if task and data.task != task:
+        raise OptionError(f"the adapter was trained for {task}, and {data.name} is for {data.task}")
+    if about.get("labels") and data.labels is not None:
+        data = with_labels(data, about["labels"])
     prepared: Prepared = inlay.data.prepare(
         data,
         found.opened.processor,
@@ -116,3 +126,14 @@ def evaluate(
     if generate:
         metrics["exact_match"] = exact_match(work, split, batch, max_new_tokens)
     return metrics
+
+
+def with_labels(data: Data, labels: list[str]) -> Data:
+    """The data set with its classes numbered as in `labels`, which may have more; OptionError where it lacks some."""
+    assert data.labels is not None
+    if data.labels == labels:
+        return data
+    if not set(data.labels) <= set(labels):
+        raise OptionError(f"the adapter's labels are {labels}, those of {data.name} are {data.labels}")
+    numbers = [labels.index(name) for name in data.labels]
+    return replace(data, labels=labels, splits={s: rows.relabelled(numbers) for s, rows in data.splits.items()})

@@ -65,13 +65,23 @@ def fetch(name: str) -> Path:
 
 
 def from_gguf(file: Path) -> Path:
-    """The Hugging Face folder made from a GGUF file, converted once per content."""
+    """The Hugging Face folder made from a GGUF file, converted once per content.
+
+    Raises:
+        ModelError: no GGUF file, or one of an architecture that transformers cannot read.
+    """
     from inlay.models.convert.gguf import gguf
 
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     source = {"archive": digest, "revision": _REVISION}
-    return _converted(f"gguf-{digest[:16]}", source, lambda folder: gguf(file.resolve(), folder))
+    try:
+        return _converted(f"gguf-{digest[:16]}", source, lambda folder: gguf(file.resolve(), folder))
+    except ModelError:
+        raise
+    except (ValueError, KeyError, NotImplementedError) as error:  # what transformers raises on files it cannot read
+        why = str(error).strip().splitlines()[0]
+        raise ModelError(f"{file} cannot be converted: {why}") from error
 
 
 def _converted(name: str, source: dict[str, object], convert: Callable[[Path], None]) -> Path:
@@ -90,7 +100,10 @@ def _converted(name: str, source: dict[str, object], convert: Callable[[Path], N
         with tempfile.TemporaryDirectory(prefix=stem, dir=folder.parent) as temporary:
             made = Path(temporary) / "made"
             made.mkdir()
-            convert(made)
+            try:
+                convert(made)
+            except ModuleNotFoundError as error:  # an extra that is not installed; the message says which
+                raise ModelError(str(error)) from error
             (made / mark).write_text(json.dumps(source))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)

@@ -72,16 +72,23 @@ def open(
         try:
             config = _config(source)
             auto = _auto_class(task, config)
+            if task is not None and type(config) not in auto._model_mapping:
+                raise ModelError(f"{name_or_path} ({config.model_type}) has no {task} model in transformers.")
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # of the CPU only: heads are initialised there
                 model, report = auto.from_pretrained(
                     source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
                 )
             processor = _processor(source, model)
+        except ModelError:
+            raise
         except (OSError, ValueError) as error:
             if Path(source).exists():
-                raise ModelError(f"{source} cannot be opened for {task or 'its own task'}: {error}") from error
-            raise ModelError(f"{unknown(source)} As a Hugging Face name it cannot be opened: {error}") from error
+                why = first_line(error)
+                raise ModelError(f"{source} cannot be opened for {task or 'its own task'}: {why}") from error
+            raise ModelError(
+                f"{unknown(source)} As a Hugging Face name it cannot be opened: {first_line(error)}"
+            ) from error
     resized = {key for key, *_ in report["mismatched_keys"]}
     inside = sorted(key for key in resized if key.startswith(f"{model.base_model_prefix}."))
     if inside:
@@ -92,6 +99,11 @@ def open(
 
         quantise(model, quantize, head)
     return Opened(model.eval(), processor, str(name_or_path), source, note, head)
+
+
+def first_line(error: Exception) -> str:
+    """What transformers says of an error, without the advice that follows."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _label_settings(task: str | None, num_labels: int | None, labels: list[str] | None) -> dict[str, Any]:

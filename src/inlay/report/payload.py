@@ -175,7 +175,7 @@ def payload(result: Result, marks: dict[str, Mark]) -> dict[str, Any]:
     seeds = {cell.seed for cell in result.cells}
     tiles = verdict(result, table)
     lede = f"{plural(len(methods), 'method')}, {plural(len(seeds), 'seed')}, ranked by {title(result.metric)}"
-    machine = {key: str(value) for key, value in result.machine.items()}
+    machine = {key: str(value) for key, value in result.machine.items() if value is not None}
     return finite({
         "title": result.title,
         "lede": lede,

@@ -132,10 +132,12 @@ def load_into(own: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 # ---------------------------------------------------------------------- one folder, one recipe
 def claim(folder: Path, recipe: Settings, fingerprint: str) -> None:
-    """Mark `folder` as this recipe's; TrainError naming the differences if it belongs to another one."""
+    """Mark `folder` as this recipe's; TrainError naming the differences if it holds work of another one."""
     mark = folder / "run.json"
     wanted = {"recipe": as_dict(recipe), "data": fingerprint}
-    if mark.exists():
+    kept = [p for name in ("checkpoints/step-*.safetensors", "adapter.safetensors", "result.json")
+            for p in folder.glob(name)]  # fmt: skip
+    if mark.exists() and kept:  # a run that failed before its first checkpoint leaves nothing to lose
         found = json.loads(mark.read_text(encoding="utf-8"))
         before, now = found["recipe"], json.loads(canonical(wanted["recipe"]))
         changed = [k for k in {**before, **now} if k not in HARMLESS and before.get(k) != now.get(k)]

@@ -11,7 +11,9 @@ function flatten(settings, prefix = "") {
     return [[name, simple ? value.join(", ") || "[]" : JSON.stringify(value)]];
   });
 }
-const pairs = (entries) => entries.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)));
+// long names may break after a dot or an underscore
+const breakable = (name) => name.split(/(?<=[._])/).flatMap((part) => [el("wbr"), part]).slice(1);
+const pairs = (entries) => entries.map(([name, value]) => el("div", {}, el("dt", {}, breakable(name)), el("dd", {}, value)));
 
 // Settings that all methods share tell nothing about one of them; they are folded away.
 const everySetting = [...new Set(data.rows.map((row) => row.method))]
