@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.affine import AffineLinear
-from inlay.core.errors import OptionError, SiteError
+from inlay.core.errors import OptionError
 from inlay.core.where import Finder
 
 KINDS = ("nf4", "int8", "int4")
@@ -32,15 +32,13 @@ def quantise(model: nn.Module, kind: str, head: Sequence[str] = ()) -> list[str]
         head: paths of modules that will be trained.
 
     Raises:
-        OptionError: an unknown kind, or bitsandbytes is not installed.  SiteError: nothing to quantise.
+        OptionError: an unknown kind, or bitsandbytes is not installed.  SiteError: no linear layer.
     """
     if kind not in KINDS:
         raise OptionError(f"unknown quantisation '{kind}' (known: {', '.join(KINDS)})")
     finder = Finder(model, tuple(head))
     paths = [part.path for part in finder.parts("all-linear") if type(finder.modules[part.path]) is nn.Linear]
     paths = [path for path in paths if not isinstance(finder.modules[path.rpartition(".")[0]], nn.MultiheadAttention)]
-    if not paths:
-        raise SiteError(f"{type(model).__name__} has no linear layer that could be quantised")
     for path in paths:
         parent, _, name = path.rpartition(".")
         old = finder.modules[path]
