@@ -132,8 +132,8 @@ def peft_page() -> str:
     page = HEADER + (
         "# Fields of PEFT folders\n\n"
         "`inlay.load` reads a PEFT folder, `inlay.export_peft` writes one ([guide](guide.md#peft-folders)).\n"
-        "For each kind, what becomes of the fields of its `adapter_config.json`: *read* is followed, *no effect* is not\n"
-        "needed, and a folder where a *refused* field is set is not loaded. A field that is not listed is refused\n"
+        "For each kind, what becomes of the fields of its `adapter_config.json`: *read* is followed, *no effect* is\n"
+        "not needed, and a folder where a *refused* field is set is not loaded. A field that is not listed is refused\n"
         "unless it is empty.\n"
     )
     for kind, use, note in peft_kinds():
