@@ -41,14 +41,15 @@ print(adapter)
 
 optimizer = torch.optim.AdamW(adapter.parameters(), lr={rate:g})
 ids, labels = torch.randint(100, (8, 16)), torch.randint(2, (8,))
-for _ in range(3):
+for k in range(3):
     loss = model(input_ids=ids, labels=labels).loss + inlay.penalty(model)
     loss.backward()
     optimizer.step()
-    optimizer.zero_grad()
+{step}    optimizer.zero_grad()
 
 adapter.save("adapter")
 """
+STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
 MERGED = "adapter.merge()  # the network is an ordinary one again; adapter.unmerge() takes it back\n"
 
 
@@ -154,7 +155,8 @@ def snippet(cls: type[Method]) -> str:
     o = first_option(cls)
     imports = sorted({cls.__name__, *([type(o.default).__name__] if o and isinstance(o.default, Method) else [])})
     call = f"{cls.__name__}({o.name}={shown(o.default)})" if o else f"{cls.__name__}()"
-    text = SNIPPET.format(imports=", ".join(imports), call=call, rate=cls.learning_rate)
+    text = SNIPPET.format(imports=", ".join(imports), call=call, rate=cls.learning_rate,
+                          step=STEP if cls.step is not Method.step else "")  # fmt: skip
     return text + (MERGED if cls.mergeable else "")
 
 

@@ -97,7 +97,7 @@ def relora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
 
 def adalora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     """W + (α/r) P diag(E) Q."""
-    return W + g.options["alpha"] / g.options["initial"] * g["P"] @ g["E"].diag() @ g["Q"], b
+    return W + g.options["alpha"] / (g.options["initial"] or g.options["r"]) * g["P"] @ g["E"].diag() @ g["Q"], b
 
 
 def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:

@@ -59,6 +59,8 @@ def planned(recipe: Recipe, args: argparse.Namespace, about_data: dict[str, Any]
 
     from inlay.plan import plan as predict
 
+    if recipe.quantize and not args.no_memory:
+        raise OptionError("the memory of a quantised base is not predicted: --no-memory plans the counts alone")
     dtype = args.dtype or ("bfloat16" if recipe.precision == "bfloat16" else "float32")
     found = predict(
         args.arch or recipe.model, recipe.placements(), recipe.where, layers=recipe.layers, exclude=recipe.exclude,

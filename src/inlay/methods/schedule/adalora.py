@@ -45,7 +45,6 @@ class AdaLoRA(DeltaMethod):
             raise OptionError(f"AdaLoRA cannot grow from {self.r} to {self.target} triplets: target is at most r")
         if self.start + self.end > 1:
             raise OptionError(f"start and end are shares of one run: {self.start} + {self.end} is more than all of it")
-        self.initial = self.initial or self.r
 
     def build(self, site: Site) -> None:
         self.P = nn.Parameter((0.02 * torch.randn(site.d_out, self.r)).to(site.dtype))
@@ -54,13 +53,13 @@ class AdaLoRA(DeltaMethod):
         for name, p in list(self.named_parameters()):
             self.register_buffer(f"sensitivity_{name}", torch.zeros_like(p, requires_grad=False))
             self.register_buffer(f"uncertainty_{name}", torch.zeros_like(p, requires_grad=False))
-        self.register_buffer("kept", torch.ones(self.r, dtype=torch.bool))
+        self.kept = [True] * self.r
 
     def count(self, site: Site) -> int:
         return self.r * (site.d_in + site.d_out + 1)
 
     def delta(self) -> LowRank:
-        return LowRank(self.P * self.E, self.Q, self.alpha / self.initial)
+        return LowRank(self.P * self.E, self.Q, self.alpha / (self.initial or self.r))
 
     def penalty(self) -> Tensor:
         return self.orthogonality * (apart(self.P.T) + apart(self.Q)) / (2 * len(self.everywhere()))
@@ -73,13 +72,13 @@ class AdaLoRA(DeltaMethod):
             return
         if progress < 1 - self.end:
             scores = torch.cat([method.scores() for method in sites])
-            kept = torch.zeros_like(scores, dtype=torch.bool)
-            kept[scores.topk(self.budget(progress, sites)).indices] = True
-            for method, mask in zip(sites, kept.split([method.r for method in sites]), strict=True):
-                method.get_buffer("kept").copy_(mask)
+            best = set(scores.topk(self.budget(progress, sites)).indices.tolist())
+            kept = iter(range(len(scores)))
+            for method in sites:
+                method.kept = [next(kept) in best for _ in method.kept]
         with torch.no_grad():
             for method in sites:
-                method.E.mul_(method.get_buffer("kept"))
+                method.E.mul_(torch.tensor(method.kept, device=method.E.device))
 
     def everywhere(self) -> list[AdaLoRA]:
         """This method at all its sites, which share one budget."""
@@ -111,18 +110,24 @@ class AdaLoRA(DeltaMethod):
         return E + P.mean(0) + Q.mean(1)
 
     # ------------------------------------------------------------------ files
-    def survivors(self) -> Tensor:
-        """Which triplets a file holds: those that are kept, and one (of E = 0) where none is."""
-        kept = self.get_buffer("kept")
-        return kept if kept.any() else torch.arange(self.r, device=kept.device) == 0
+    def survivors(self) -> list[int]:
+        """The triplets a file holds: those that are kept, and one (of E = 0) where none is."""
+        return [i for i, kept in enumerate(self.kept) if kept] or [0]
 
     def stored(self) -> dict[str, Tensor]:
         alive = self.survivors()
         return {"P": self.P[:, alive], "E": self.E[alive], "Q": self.Q[alive]}
 
     def specification(self) -> dict:
-        kept = int(self.survivors().sum()) if "_site" in self.__dict__ else self.r
-        return {**super().specification(), "r": kept}
+        if "_site" not in self.__dict__:
+            return super().specification()
+        return {**super().specification(), "r": len(self.survivors()), "initial": self.initial or self.r}
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.kept)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.kept = state.tolist()
 
 
 def apart(Q: Tensor) -> Tensor:
