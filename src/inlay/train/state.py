@@ -134,13 +134,18 @@ def load_into(own: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------- one folder, one recipe
-@contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """The folder, made if needed, for this process alone."""
+def make(folder: Path) -> None:
+    """Make an output folder unless it is there; TrainError where a file is in its place."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise TrainError(f"the output {folder} cannot be a folder: a file is in its place") from None
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The folder, made if needed, for this process alone."""
+    make(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
