@@ -190,3 +190,17 @@ def test_preview_shows_what_the_model_will_see(own, tiny, run):
     assert "train, validation, test" in err
     Path("rows.yaml").write_text(f"model: {tiny / 'model'}\ndata: {tiny / 'data'}\nmethods: [lora]\n")
     assert run("data", "preview", "rows.yaml")[0] == 0
+
+
+def test_another_base_is_refused_unless_any_will_do(own, tiny, run):
+    trained(run, tiny)
+    other = AutoModelForSequenceClassification.from_pretrained(tiny / "model")
+    with torch.no_grad():
+        other.bert.encoder.layer[0].attention.self.query.weight.mul_(2.0)
+    other.save_pretrained("other")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained("other")
+    status, _, err = run("evaluate", "piece", "--base", "other")
+    assert status == 2
+    assert "trained on another base" in err
+    assert run("evaluate", "piece", "--base", "other", "--any-base")[0] == 0
+    assert run("merge", "piece", "--base", "other", "--any-base", "--output", "merged")[0] == 0
