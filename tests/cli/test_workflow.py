@@ -145,3 +145,62 @@ def test_mistakes_in_training_are_one_sentence(own, tiny, run, more, says):
     assert says in err
     assert err.count("\n") == 1
     assert not out
+
+
+def compared(run, tiny, *more):
+    return run(
+        "compare", "--model", tiny / "model", "--data", tiny / "data", "--steps", 2, "--workers", 1, "--output", "grid",
+        "--json", *more,
+    )  # fmt: skip
+
+
+def test_a_comparison_writes_its_report_and_trains_nothing_twice(own, tiny, run):
+    status, out, _ = compared(run, tiny, "--methods", "lora(r=2), bitfit")
+    assert status == 0
+    assert {row["method"] for row in json.loads(out)} == {"LoRA(r=2)", "BitFit"}
+    assert Path("grid/report.html").stat().st_size > 10_000
+    status, out, err = compared(run, tiny, "--methods", "lora(r=2), bitfit")
+    assert status == 0
+    assert "2 of 2 cells are finished already" in err
+
+
+def test_a_comparison_in_which_nothing_could_be_trained_is_an_error(own, tiny, run):
+    status, out, err = compared(run, tiny, "--methods", "lora", "--learning-rate", "1e30")
+    assert status == 2
+    assert "no method could be trained" in err
+    assert json.loads(out)[0]["error"].count("lower the learning rate")
+    status, _, err = compared(run, tiny, "--methods", "lora", "--output", "mine.csv")
+    assert status == 2
+    assert "a file is in its place" in err
+
+
+def test_preview_shows_what_the_model_will_see(own, tiny, run):
+    words = ("--model", tiny / "model", "--columns", "text=sentence,label=animal")
+    status, out, _ = run("data", "preview", "mine.csv", *words, "--split", "test", "--samples", 2, "--json")
+    assert status == 0
+    samples = json.loads(out)
+    assert len(samples) == 2
+    assert samples[0]["tokens"][0] == "[CLS]"
+    status, out, _ = run("data", "preview", "mine.csv", *words)
+    assert status == 0
+    assert "label: " in out
+    assert "text-classification" in out
+    status, _, err = run("data", "preview", "mine.csv", *words, "--split", "tests")
+    assert status == 2
+    assert "train, validation, test" in err
+    Path("rows.yaml").write_text(f"model: {tiny / 'model'}\ndata: {tiny / 'data'}\nmethods: [lora]\n")
+    assert run("data", "preview", "rows.yaml")[0] == 0
+
+
+def test_another_base_is_refused_unless_any_will_do(own, tiny, run):
+    trained(run, tiny)
+    other = AutoModelForSequenceClassification.from_pretrained(tiny / "model")
+    with torch.no_grad():
+        other.bert.encoder.layer[0].attention.self.query.weight.mul_(2.0)
+    other.save_pretrained("other")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained("other")
+    status, _, err = run("evaluate", "piece", "--base", "other")
+    assert status == 2
+    assert "trained on another base" in err
+    assert run("evaluate", "piece", "--base", "other", "--any-base")[0] == 0
+    assert run("merge", "piece", "--base", "other", "--any-base", "--output", "merged")[0] == 0

@@ -44,16 +44,9 @@ def test_same_steps(kind: str) -> None:
     same(train(model, feed, forward=compiled(model)), wanted)
 
 
-def test_same_steps_through_inductor() -> None:
-    feed = benches()["linear"].feed()
-    wanted = train(adapted("lora(r=2)", "linear", where=["out"]), feed)
-    model = adapted("lora(r=2)", "linear", where=["out"])
-    same(train(model, feed, forward=compiled(model, "inductor")), wanted, 1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weight", "positions", "prefix"])
-def test_same_steps_through_inductor_in_a_transformer(kind: str) -> None:
+def test_same_steps_through_inductor(kind: str) -> None:
     feed = benches()["classifier"].feed()
     wanted = train(adapted(KINDS[kind]), feed)
     model = adapted(KINDS[kind])
@@ -65,6 +58,9 @@ def chosen(case: Case) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(  # Dynamo looks at .grad of what hooks of the whole model hand to its forward
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases() if chosen(c)])
 def test_same_steps_everywhere(case: Case) -> None:
     try:

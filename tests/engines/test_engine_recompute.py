@@ -157,6 +157,13 @@ def test_a_backward_pass_that_fails_leaves_no_trace() -> None:
         assert loss_of(model, feed).equal(wanted)
 
 
+def test_no_hook_outlives_its_forward() -> None:
+    model = two()
+    kept = nn.Parameter(torch.ones(3))
+    attached(model).remember([kept, {"also": kept * 2}])
+    assert not kept._backward_hooks
+
+
 def fail(gradient: Tensor) -> Tensor:
     raise RuntimeError("planted")
 

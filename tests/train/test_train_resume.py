@@ -271,7 +271,7 @@ def test_really_out_of_memory(recipe: Make) -> None:
     """The allocator's own words: a batch that no machine holds."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
-    from inlay.train.loop import out_of_memory
+    from inlay.train.shortage import out_of_memory
 
     assert out_of_memory(caught.value)
     assert not out_of_memory(RuntimeError("shapes do not match"))

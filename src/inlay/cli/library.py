@@ -15,7 +15,7 @@ from inlay.cli.arguments import Command, as_json, positive
 from inlay.cli.flags import add_fields, given_fields
 from inlay.cli.show import listing, show, size
 from inlay.core.errors import OptionError, near
-from inlay.recipe import Recipe, load_recipe
+from inlay.recipe import Recipe, load_recipe, rows_at
 
 SEEN = ("model", "data", "task", "columns", "limit", "max_length", "image_size", "template")
 """Recipe fields that decide what the model will see."""
@@ -123,7 +123,7 @@ def preview(args: argparse.Namespace) -> None:
 
     given = given_fields(args, Recipe)
     if args.name and Path(args.name).suffix in (".yaml", ".yml"):
-        known = load_recipe(args.name, Recipe, given)
+        known = rows_at(args.name, given)[0].recipe
     else:
         given.setdefault("data", args.name)
         if not given.get("data") or not given.get("model"):
@@ -137,4 +137,11 @@ def preview(args: argparse.Namespace) -> None:
         loaded, opened.processor, max_length=known.max_length, image_size=known.image_size, template=known.template
     )
     samples = library.preview(loaded, prepared, args.samples, args.split)
-    show(args, samples, lambda console: console.print(library.render_preview(samples)))
+    counts = ", ".join(f"{len(rows):,} {split}" for split, rows in loaded.splits.items())
+
+    def render(console: Console) -> None:
+        console.print(library.render_preview(samples))
+        notes = [f"{loaded.name}: {loaded.task}, {counts} rows.", loaded.note, prepared.note]
+        console.print("\n".join(note for note in notes if note), style="dim", highlight=False, markup=False)
+
+    show(args, samples, render)

@@ -10,6 +10,7 @@ from rich.console import Console
 from inlay.cli.arguments import Command, add_set, as_json
 from inlay.cli.flags import add_fields, recipe_fields
 from inlay.cli.show import facts, show
+from inlay.core.errors import InlayError
 from inlay.recipe import CompareRecipe, Recipe, load_recipe
 
 
@@ -53,3 +54,5 @@ def compare(args: argparse.Namespace) -> None:
         console.print(f"report: {Path(recipe.output) / 'report.html'}", highlight=False, markup=False)
 
     show(args, rows(result), render)
+    if all(cell.error is not None for cell in result.cells):
+        raise InlayError("no method could be trained; the table says why")

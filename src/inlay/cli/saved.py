@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from inlay.cli.arguments import Command, as_json, positive
+from inlay.cli.arguments import Command, Parser, as_json, positive
 from inlay.cli.flags import add_fields, given_fields
 from inlay.cli.show import facts, listing, show
 from inlay.core.errors import OptionError
@@ -25,21 +25,21 @@ def register(command: Command) -> None:
     p.add_argument("--batch", type=positive, default=128, help="rows per forward pass (default 128)")
     p.add_argument("--generate", action="store_true", help="generate answers and compare them (language models)")
     p.add_argument("--max-new-tokens", type=positive, default=256, help="length of generated answers (default 256)")
-    p.add_argument("--base", help="base model, where it is not the one the adapter names")
+    add_base(p)
     add_fields(p, Recipe, ("columns",))
     as_json(p)
 
     p = command("merge", merge, "write base and adapter as one ordinary model, compared with the adapted one")
     p.add_argument("adapter", help="folder of a saved adapter")
     p.add_argument("--output", required=True, help="new folder")
-    p.add_argument("--base", help="base model, where it is not the one the adapter names")
+    add_base(p)
     as_json(p)
 
     p = command("export", export, "write an adapter in another format")
     p.add_argument("adapter", help="folder of a saved adapter")
     p.add_argument("--output", required=True, help="new folder")
     p.add_argument("--format", choices=["merged", "peft"], default="merged", help="a merged model, or a PEFT folder")
-    p.add_argument("--base", help="base model, where it is not the one the adapter names")
+    add_base(p)
     as_json(p)
 
     p = command("inspect", inspect, "what a saved adapter holds, checked against its digests")
@@ -47,12 +47,18 @@ def register(command: Command) -> None:
     as_json(p)
 
 
+def add_base(p: Parser) -> None:
+    p.add_argument("--base", help="base model, where it is not the one the adapter names")
+    p.add_argument("--any-base", action="store_true", help="accept a base with other weights than those of training")
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from inlay.evaluate import evaluate as run
 
     metrics = run(
         args.adapter, data=args.data, split=args.split, limit=args.limit, batch=args.batch, generate=args.generate,
-        max_new_tokens=args.max_new_tokens, base=args.base, **given_fields(args, Recipe),
+        max_new_tokens=args.max_new_tokens, base=args.base, any_base=args.any_base,
+        **given_fields(args, Recipe),
     )  # fmt: skip
     lines = [[name, f"{value:.4f}"] for name, value in metrics.items()]
     show(args, metrics, listing(["metric", "value"], lines, right=("value",)))
@@ -69,7 +75,7 @@ def export(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise OptionError(f"{output} exists and is not an empty folder: choose another one")
-    found = adapted(args.adapter, args.base)
+    found = adapted(args.adapter, args.base, args.any_base)
     record: dict[str, Any] = {"output": args.output, "format": args.format}
     if args.format == "peft":
         from inlay.interop.peft import write

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from inlay.core.errors import InlayError
 from inlay.core.files import canonical, sha256, write_text
 from inlay.methods import Full, LinearProbe
 from inlay.recipe import CompareRecipe, Recipe, Row, as_dict, load_recipe
@@ -81,7 +82,8 @@ def measure(task: Task, progress: Progress, shared: Shared) -> Cell:
     try:
         trained = train(task.recipe, progress, shared)
     except Exception as error:
-        return failed(task, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        kind = "" if isinstance(error, InlayError) else f"{type(error).__name__}: "  # ours are whole sentences
+        return failed(task, kind + " ".join(str(error).split()))
     try:
         cell = Cell(
             method=task.label, kind=task.kind, seed=task.recipe.seed, settings=task.settings, error=None,

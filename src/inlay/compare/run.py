@@ -15,6 +15,7 @@ from inlay.evaluate.metrics import LOWER_IS_BETTER, NAMES, PRIMARY
 from inlay.methods import Full
 from inlay.recipe import CompareRecipe, as_dict
 from inlay.report import Cell, Result, markdown, write_csv, write_html, write_json, write_svg
+from inlay.train.state import make
 from inlay.work import open_work
 
 
@@ -25,6 +26,7 @@ def compare(recipe: CompareRecipe, board: Board | None = None) -> Result:
     from its last checkpoint; one that fails is a row that says why.
     """
     board = board or Board()
+    make(Path(recipe.output))
     first = recipe.rows()[0].recipe
     opened = open_work(first)  # fetches what is missing before workers start, and names task and metrics
     grid = tasks(recipe, opened.data.fingerprint)

@@ -293,7 +293,7 @@ class Inlay(nn.Module):
             return
         now = self.acting()
         for t in tensors_in(output):
-            if t.requires_grad:
+            if t.requires_grad and not t.is_leaf:  # a leaf would keep its hooks beyond this forward
                 t.register_hook(lambda gradient: self.recall(now))
 
     def acting(self) -> Acting:

@@ -55,8 +55,12 @@ def render_preview(samples: list[dict[str, Any]]) -> RenderableType:
     """Samples for a terminal: tokens that carry loss stand in green between « and »."""
     from rich.console import Group
     from rich.panel import Panel
+    from rich.text import Text
 
-    return Group(*(Panel(_rendered(s), title=f"sample {i}", title_align="left") for i, s in enumerate(samples, 1)))
+    shown = [Panel(_rendered(s), title=f"sample {i}", title_align="left") for i, s in enumerate(samples, 1)]
+    marked = any(any(sample.get("loss", [])) for sample in samples)
+    legend = [Text.assemble(("«…»", "green"), " tokens that carry loss", style="dim")] if marked else []
+    return Group(*shown, *legend)
 
 
 def _rendered(sample: dict[str, Any]) -> RenderableType:

@@ -36,8 +36,8 @@ def open_adapter(folder: str | Path, base: str | None = None) -> tuple[Opened, A
     return found.opened, found.adapter
 
 
-def adapted(folder: str | Path, base: str | None = None) -> Adapted:
-    """`open_adapter`, with the adapter's own description of its training."""
+def adapted(folder: str | Path, base: str | None = None, any_base: bool = False) -> Adapted:
+    """`open_adapter`, with the adapter's own description of its training; `any_base` as for `inlay.load`."""
     import inlay.models
 
     document, _ = read(folder)
@@ -50,7 +50,7 @@ def adapted(folder: str | Path, base: str | None = None) -> Adapted:
         name, about.get("task"), labels=about.get("labels"), quantize=recipe.get("quantize"),
         dtype="bfloat16" if recipe.get("precision") == "bfloat16" else "float32",
     )  # fmt: skip
-    adapter = load(opened.model, folder)
+    adapter = load(opened.model, folder, any_base=any_base)
     opened.model.eval()
     return Adapted(opened, adapter, about)
 
@@ -66,6 +66,7 @@ def evaluate(
     generate: bool = False,
     max_new_tokens: int = 256,
     base: str | None = None,
+    any_base: bool = False,
     device: str = "auto",
 ) -> dict[str, float]:
     """Metrics on a split.
@@ -82,6 +83,7 @@ def evaluate(
             are right (their last number, where rows carry a `final` one, else the whole text).
         max_new_tokens: length of generated answers.
         base: another base than the one the adapter names.
+        any_base: accept one whose adapted weights are not those of training.
 
     Returns:
         Classification: accuracy, macro_f1, mcc. Regression: pearson, spearman, mse. Language models: loss per answer
@@ -92,7 +94,7 @@ def evaluate(
     """
     import inlay.data
 
-    found = Adapted(model, None, {}) if isinstance(model, Opened) else adapted(model, base)
+    found = Adapted(model, None, {}) if isinstance(model, Opened) else adapted(model, base, any_base)
     about, recipe = found.about, found.about.get("recipe", {})
     if data is None:
         data = about.get("data", {}).get("name")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.core import adapter as core
 from inlay.core.adapter import Adapter
@@ -25,9 +22,11 @@ from inlay.recipe import Recipe, as_dict
 from inlay.train.frozen import source_for
 from inlay.train.groups import factor, optimiser, set_rate
 from inlay.train.measure import step_memory
+from inlay.train.modes import checkpointing, set_training
 from inlay.train.order import Order, mixed, split
 from inlay.train.progress import Progress, Silent
-from inlay.train.state import Checkpoints, TrainError, claim, load_into, snapshot, write_json
+from inlay.train.shortage import memory_advice, out_of_memory
+from inlay.train.state import Checkpoints, TrainError, claim, load_into, owned, snapshot, write_json
 from inlay.train.targets import start_at_labels
 from inlay.train.tensorboard import Log
 from inlay.work import Shared, Work, open_work
@@ -123,21 +122,6 @@ def metric_of(recipe: Recipe, task: str) -> str:
     if metric not in NAMES[task]:
         raise OptionError(f"unknown metric '{metric}'{near(metric, NAMES[task])} ({task} has {', '.join(NAMES[task])})")
     return metric
-
-
-@contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """The folder, made if needed, for this process alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise TrainError(f"another process is training in {folder}: wait for it, or choose another output") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Run:
@@ -291,31 +275,6 @@ class Run:
         return found
 
 
-def norms_with_statistics(model: nn.Module) -> Iterator[nn.Module]:
-    """BatchNorm layers of the base: their running statistics are frozen with it."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith("inlay."):
-            yield module
-
-
-def set_training(model: nn.Module, base_dropout: bool) -> None:
-    """Training mode: the adapters' always, the base's only for its dropout."""
-    model.train(base_dropout)
-    model.get_submodule("inlay").train()
-    for module in norms_with_statistics(model):
-        module.eval()
-
-
-def checkpointing(model: Any, on: bool) -> None:
-    """Switch transformers' activation checkpointing."""
-    if not on:
-        model.gradient_checkpointing_disable()
-    elif not model.supports_gradient_checkpointing:
-        raise TrainError(f"{type(model).__name__} has no gradient checkpointing: leave gradient_checkpointing off")
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def about(recipe: Recipe, work: Work, metrics: dict[str, float], validation: dict[str, float]) -> dict[str, Any]:
     """What a saved adapter says about its training: enough to evaluate and to use it without the recipe."""
     prepared = work.prepared
@@ -331,22 +290,3 @@ def about(recipe: Recipe, work: Work, metrics: dict[str, float], validation: dic
         "recipe": as_dict(replace(recipe, output=Path(recipe.output).name)),
         "note": work.opened.note,
     }
-
-
-# ---------------------------------------------------------------------- memory
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is the lack of memory, of a GPU or of the machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
-
-
-def memory_advice(recipe: Recipe, folder: Path) -> str:
-    kept = sorted((folder / "checkpoints").glob("step-*.safetensors"))
-    left = f"the checkpoint of step {int(kept[-1].stem[5:])} is intact" if kept else "no checkpoint had been written"
-    halves = f"batch: {max(1, recipe.batch // 2)} with accumulate: {recipe.accumulate * 2}"
-    return (
-        f"out of memory with batches of {recipe.batch} rows; {left}. Try {halves} (the same steps), a smaller "
-        "max_length or image_size, gradient_checkpointing: true, or precision: bfloat16"
-    )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -131,6 +134,29 @@ def load_into(own: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------- one folder, one recipe
+def make(folder: Path) -> None:
+    """Make an output folder unless it is there; TrainError where a file is in its place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise TrainError(f"the output {folder} cannot be a folder: a file is in its place") from None
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The folder, made if needed, for this process alone."""
+    make(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TrainError(f"another process is training in {folder}: wait for it, or choose another output") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def claim(folder: Path, recipe: Settings, fingerprint: str) -> None:
     """Mark `folder` as this recipe's; TrainError naming the differences if it holds work of another one."""
     mark = folder / "run.json"
