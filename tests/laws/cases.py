@@ -25,6 +25,10 @@ from laws.benches import Bench, benches
 
 SETTINGS: dict[str, list[str]] = {
     "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
+    "lorafa": ["lorafa(r=3, alpha=6)", "lorafa(r=2, corrected=true)"],
+    "loha": ["loha(r=2, alpha=3)", "loha(r=2, tucker=true)"],
+    "lokr": ["lokr(r=1, alpha=2)", "lokr(r=1, factor=2, decompose_both=true, tucker=true, init='lycoris')"],
+    "krona": ["krona(scale=2)"],
     "vera": ["vera(r=5, d_initial=0.5)"],
     "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],

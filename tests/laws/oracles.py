@@ -24,6 +24,8 @@ class Given:
     tensors: dict[str, Tensor]
     shared: dict[str, Tensor]
     inner: Given | None = field(default=None)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of its own that are not trained."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -42,7 +44,8 @@ def given(method: Method, shared: dict[str, Tensor]) -> Given:
     options["channels"] = isinstance(method.site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     of = options.get("of")
     wide = {n: t.double() for n, t in shared.items()}
-    return Given(method.name(), options, own, wide, None if of is None else given(of, shared))
+    frozen = {n: t.detach().double() for n, t in method.named_buffers() if not n.startswith("of.")}
+    return Given(method.name(), options, own, wide, None if of is None else given(of, shared), frozen)
 
 
 # ---------------------------------------------------------------------- methods on matrices
@@ -51,6 +54,42 @@ def lora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     r, alpha = g.options["r"], g.options["alpha"]
     scale = alpha / r**0.5 if g.options["rank_stabilized"] else alpha / r
     return W + scale * (g["B"] @ g["A"]), b if b is None or "b" not in g.tensors else b + scale * g["b"]
+
+
+def lorafa(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s B A with A as it was drawn."""
+    return W + g.options["alpha"] / g.options["r"] * g["B"] @ g.frozen["A"], b
+
+
+def loha(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s (B₁ A₁) ⊙ (B₂ A₂), rebuilt tap by tap where the kernel has a core."""
+    sides = []
+    for k in "12":
+        A = g["A" + k]
+        if "T" + k in g.tensors:
+            A = torch.stack([g["T" + k][:, :, t] @ A for t in range(g["T" + k].shape[2])], -1).reshape(len(A), -1)
+        sides.append(g["B" + k] @ A)
+    return W + g.options["alpha"] / g.options["r"] * sides[0] * sides[1], b
+
+
+def lokr(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s C ⊗ D, D on its own kernel."""
+    C = g["C"] if "C" in g.tensors else g["C1"] @ g["C2"]
+    if "D" in g.tensors:
+        D = g["D"]
+    else:
+        A = g["A"]
+        if "T" in g.tensors:
+            A = torch.stack([g["T"][:, :, t] @ A for t in range(g["T"].shape[2])], -1).reshape(len(A), -1)
+        D = g["B"] @ A
+    rows = [torch.cat([c * D for c in row], 1) for row in C]
+    return W + g.options["alpha"] / g.options["r"] * torch.cat(rows), b
+
+
+def krona(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s A ⊗ B, block by block."""
+    blocks = [torch.cat([a * g["B"] for a in row], 1) for row in g["A"]]
+    return W + g.options["scale"] * torch.cat(blocks), b
 
 
 def vera(W: Tensor, b: Tensor | None, g: Given) -> Pair:
@@ -75,7 +114,7 @@ def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:
 
 
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
-    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3,
+    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "lorafa": lorafa, "loha": loha, "lokr": lokr, "krona": krona,
 }  # fmt: skip
 
 

@@ -13,11 +13,16 @@ from inlay.methods.weight.bitfit import BitFit
 from inlay.methods.weight.dora import DoRA
 from inlay.methods.weight.full import Full
 from inlay.methods.weight.ia3 import IA3
+from inlay.methods.weight.krona import KronA
+from inlay.methods.weight.loha import LoHa
+from inlay.methods.weight.lokr import LoKr
 from inlay.methods.weight.lora import LoRA
+from inlay.methods.weight.lorafa import LoRAFA
 from inlay.methods.weight.normtuning import NormTuning
 from inlay.methods.weight.vera import VeRA
 
 __all__ = [
-    "IA3", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA", "LoReFT", "NormTuning",
+    "IA3", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "KronA", "LinAdapter", "LinearProbe",
+    "LoHa", "LoKr", "LoRA", "LoRAFA", "LoReFT", "NormTuning",
     "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "VeRA",
 ]  # fmt: skip
