@@ -138,6 +138,7 @@ class Method(nn.Module, ABC):
                 setattr(built, name, value.at(site))
         built.__dict__["_site"] = site  # past nn.Module, which would register the base module it leads to
         built.build(site)
+        site.built[type(self)] = built
         return built
 
     @property

@@ -2,14 +2,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import nn
-
-from inlay.core.errors import SiteError
-from inlay.core.method import DeltaMethod, Method, option, register
+from inlay.core.method import DeltaMethod, option, register
 from inlay.core.products import Kronecker
 from inlay.core.sites import Site
-from inlay.methods.weight.kronecker import divisors
+from inlay.methods.weight.kronecker import make_pair, pair_size
 
 
 @register
@@ -39,26 +35,3 @@ class KronA(DeltaMethod):
 
     def delta(self) -> Kronecker:
         return Kronecker(self.scale * self.A, self.B)
-
-
-def make_pair(method: Method, site: Site, d_out: int, d_in: int, a1: int, a2: int) -> None:
-    """The trained A and B of A ⊗ B (d_out, d_in)."""
-    a1, a2 = split(method, d_out, d_in, a1, a2)
-    A = torch.empty(a1, a2).normal_(std=a2**-0.5)
-    method.A = nn.Parameter(A.to(site.dtype))
-    method.B = nn.Parameter(torch.zeros(d_out // a1, d_in // a2, dtype=site.dtype))
-
-
-def pair_size(method: Method, d_out: int, d_in: int, a1: int, a2: int) -> int:
-    """How many numbers they hold."""
-    a1, a2 = split(method, d_out, d_in, a1, a2)
-    return a1 * a2 + (d_out // a1) * (d_in // a2)
-
-
-def split(method: Method, d_out: int, d_in: int, a1: int, a2: int) -> tuple[int, int]:
-    """a₁ and a₂; SiteError where they do not divide the widths."""
-    a1, a2 = a1 or divisors(d_out)[1], a2 or divisors(d_in)[0]
-    for name, a, d in (("rows", a1, d_out), ("columns", a2, d_in)):
-        if d % a:
-            raise SiteError(f"{method.label()}: {name}={a} does not divide the width {d}: take a divisor, or 0")
-    return a1, a2
