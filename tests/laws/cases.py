@@ -33,8 +33,12 @@ SETTINGS: dict[str, list[str]] = {
     "loraxs": ["loraxs(r=2, deviation=0)", "loraxs(r=3, deviation=0.01)"],
     "nola": ["nola(r=2, bases=5)"],
     "vblora": ["vblora(r=2, vectors=6, bound=0.3)", "vblora(r=2, vectors=5, top=3, bound=0.3, compact=true)"],
-    "svft": ["svft", "svft(structure='banded', band=1)", "svft(structure='random', init='gated')",
-             "svft(structure='top', band=1)"],  # fmt: skip
+    "svft": [
+        "svft",
+        "svft(structure='banded', band=1)",
+        "svft(structure='random', init='gated')",
+        "svft(structure='top', band=1)",
+    ],
     "diablo": ["diablo(blocks=3)"],
     "kradapter": ["kradapter"],
     "kronab": ["kronab(scale=2)"],

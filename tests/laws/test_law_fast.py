@@ -15,8 +15,7 @@ from torch import Tensor
 
 import inlay
 from inlay.core import matrices as m
-from inlay.core import mount
-from inlay.core import products
+from inlay.core import mount, products
 from inlay.core.method import WeightMethod
 from inlay.core.paths import prefers_effective
 from inlay.methods import LoRA

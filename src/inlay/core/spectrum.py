@@ -1,4 +1,4 @@
-"""Singular values and vectors of a base's matrices: deterministic, and fast where only the leading ones are asked for."""
+"""Singular values and vectors of a base's matrices: deterministic, and fast where only the leading ones are wanted."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from inlay.methods.weight.vblora import VBLoRA
 from inlay.methods.weight.vera import VeRA
 
 __all__ = [
-    "BitFit", "DiaBlo", "DiReFT", "DoRA", "Full", "Houlsby", "IA3", "KRAdapter", "KronA", "KronAB",
-    "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAXS", "LoReFT", "NOLA", "NormTuning",
-    "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "SVFT", "VBLoRA", "VeRA",
+    "IA3", "NOLA", "SVFT", "BitFit", "DiReFT", "DiaBlo", "DoRA", "Full", "Houlsby", "KRAdapter", "KronA",
+    "KronAB", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAXS", "LoReFT", "NormTuning",
+    "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "VBLoRA", "VeRA",
 ]  # fmt: skip

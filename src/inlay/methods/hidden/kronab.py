@@ -10,7 +10,7 @@ from inlay.core.method import HiddenMethod, option, register
 from inlay.core.products import Kronecker
 from inlay.core.sites import Site
 from inlay.methods.hidden.bottleneck import ends
-from inlay.methods.weight.kronecker import make_pair, pair_size
+from inlay.methods.weight.kronecker import pair, pair_size
 
 
 @register
@@ -40,7 +40,7 @@ class KronAB(HiddenMethod):
         d_in, d_out = ends(self, site)
         if self.residual and d_in != d_out:
             raise SiteError(f"{self.label()} adds the input of '{site.path}', {d_in} wide, to its output of {d_out}")
-        make_pair(self, site, d_out, d_in, self.rows, self.columns)
+        self.A, self.B = pair(self, site, d_out, d_in, self.rows, self.columns)
         self.s_res = nn.Parameter(torch.tensor(self.residual_start, dtype=site.dtype)) if self.residual else None
 
     def count(self, site: Site) -> int:

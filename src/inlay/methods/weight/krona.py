@@ -5,7 +5,7 @@ from typing import ClassVar
 from inlay.core.method import DeltaMethod, option, register
 from inlay.core.products import Kronecker
 from inlay.core.sites import Site
-from inlay.methods.weight.kronecker import make_pair, pair_size
+from inlay.methods.weight.kronecker import pair, pair_size
 
 
 @register
@@ -28,7 +28,7 @@ class KronA(DeltaMethod):
     scale: float = option(default=1.0, doc="s, fixed", low=0.0)
 
     def build(self, site: Site) -> None:
-        make_pair(self, site, site.d_out, site.d_in, self.rows, self.columns)
+        self.A, self.B = pair(self, site, site.d_out, site.d_in, self.rows, self.columns)
 
     def count(self, site: Site) -> int:
         return pair_size(self, site.d_out, site.d_in, self.rows, self.columns)

@@ -24,12 +24,11 @@ def divisors(d: int, factor: int = -1) -> tuple[int, int]:
     return m, d // m
 
 
-def make_pair(method: Method, site: Site, d_out: int, d_in: int, a1: int, a2: int) -> None:
-    """The trained A and B of A ⊗ B (d_out, d_in)."""
+def pair(method: Method, site: Site, d_out: int, d_in: int, a1: int, a2: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """The trained A, normal, and B, zero, of A ⊗ B (d_out, d_in)."""
     a1, a2 = split(method, d_out, d_in, a1, a2)
     A = torch.empty(a1, a2).normal_(std=a2**-0.5)
-    method.A = nn.Parameter(A.to(site.dtype))
-    method.B = nn.Parameter(torch.zeros(d_out // a1, d_in // a2, dtype=site.dtype))
+    return nn.Parameter(A.to(site.dtype)), nn.Parameter(torch.zeros(d_out // a1, d_in // a2, dtype=site.dtype))
 
 
 def pair_size(method: Method, d_out: int, d_in: int, a1: int, a2: int) -> int:

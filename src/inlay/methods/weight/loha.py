@@ -38,7 +38,5 @@ class LoHa(Cored):
 
     def side(self, k: int, scale: float) -> LowRank:
         """B_k A_k."""
-        A = self.get_parameter(f"A{k}")
-        if self.has_core(self.site):
-            A = with_kernel(self.get_parameter(f"T{k}"), A)
-        return LowRank(self.get_parameter(f"B{k}"), A, scale)
+        A, B = self.get_parameter(f"A{k}"), self.get_parameter(f"B{k}")
+        return LowRank(B, with_kernel(self.get_parameter(f"T{k}"), A) if self.has_core(self.site) else A, scale)

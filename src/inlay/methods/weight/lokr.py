@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -20,14 +21,17 @@ class LoKr(Cored):
     rank r, or is one full matrix D where r ≥ max(n_out, n_in)/2. `decompose_both` makes C a product C₁C₂ as well,
     where r < max(m_out, m_in)/2. On a convolution the second factor holds the kernel (d_in counts c_in/groups), with
     `tucker` as B T A with a core T (r, r, k…). C (or C₁) starts at zero and the rest Kaiming-uniform, as in PEFT; with
-    init "lycoris" D (or A) is zero instead. As in PEFT, s is α/r for full factors too, where LyCORIS has 1.
+    init "lycoris" D (or A) is zero instead. As in PEFT, s is α/r for full factors too, where LyCORIS has 1. As in
+    LyCORIS, m ≤ n for every `factor`, where PEFT 0.21.2 swaps them if the factor is beyond the width's square root.
     """
 
     paper: ClassVar[str] = "Yeh et al. 2023, arXiv 2309.14859"
     learning_rate: ClassVar[float] = 1e-2
 
     factor: int = option(
-        default=-1, low=-1, doc="m where it divides the width, else the largest m; -1: as near the square root as can be"
+        default=-1,
+        low=-1,
+        doc="m where it divides the width, else the largest m; -1: next to the square root",
     )
     decompose_both: bool = option(default=False, doc="give the small factor a low rank too")
     init: Literal["peft", "lycoris"] = option(
@@ -59,7 +63,7 @@ class LoKr(Cored):
         C = p["C"] if "C" in p else p["C1"] @ p["C2"]
         return Kronecker(self.scale * C, self.large(p))
 
-    def large(self, p: dict[str, Tensor]) -> Tensor | Matrix:
+    def large(self, p: Mapping[str, Tensor]) -> Tensor | Matrix:
         """The second factor."""
         if "D" in p:
             return p["D"]

@@ -95,5 +95,6 @@ class VBLoRA(DeltaMethod):
         for name in LOGITS if self.compact else ():
             below, at = tensors.pop(f"{name}_below"), tensors.pop(f"{name}_at")
             logits = torch.full(self.get_parameter(name).shape, -torch.inf, dtype=below.dtype)
-            tensors[name] = logits.scatter(-1, at.long(), torch.cat([torch.zeros_like(at[..., :1]).to(below), below], -1))
+            chosen = torch.cat([below.new_zeros(*below.shape[:-1], 1), below], -1)
+            tensors[name] = logits.scatter(-1, at.long(), chosen)
         super().restore(tensors)
