@@ -48,6 +48,7 @@ class VBLoRA(DeltaMethod):
             self.register_parameter(name, nn.Parameter((self.deviation * torch.randn(shape)).to(site.dtype)))
         bank = nn.Parameter(uniform((self.vectors, b), self.bound).to(site.dtype)) if site.leads else None
         self.register_parameter("own_bank", bank)
+        self.leader = site.leader
 
     def count(self, site: Site) -> int:
         b = self.piece(site)
@@ -68,9 +69,7 @@ class VBLoRA(DeltaMethod):
     @property
     def bank(self) -> nn.Parameter:
         """Φ (vectors, b), which the first of all places holds for them."""
-        leader = self.site.leader.built[VBLoRA]
-        assert isinstance(leader, VBLoRA)
-        return leader.get_parameter("own_bank")
+        return self.leader.built[VBLoRA].get_parameter("own_bank")
 
     def mixed(self, logits: Tensor) -> Tensor:
         """The pieces (…, b) that logits (…, vectors) choose."""
