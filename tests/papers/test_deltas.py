@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.method import Method
+from inlay.core.method import Method, method_from
 from inlay.methods import NOLA, SVFT, DiaBlo, KRAdapter, KronA, KronAB, LoHa, LoKr, LoRA, LoRAFA, LoRAXS, PiSSA, VBLoRA
 from inlay.plan import plan
 
@@ -35,6 +35,18 @@ SIX = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"]
 )
 def test_counts_on_architectures(arch: str, method: str, where: list[str], count: int) -> None:
     assert plan(arch, method, where, memory=False).adapter_parameters == count
+
+
+@pytest.mark.parametrize(
+    "text", ["svft(structure='top')", "vblora", "loraxs", "nola", "pissa", "lorafa(corrected=true)"]
+)
+def test_planning_without_storage(text: str) -> None:
+    """Nothing that reads numbers stands in the way of a model on the meta device, large or small."""
+    for width in (48, 600):
+        model = nn.Sequential(nn.Linear(width, 720, device="meta"))
+        adapter = inlay.adapt(model, method_from(text), "0")
+        assert all(p.is_meta for p in adapter.parameters())
+        assert model(torch.empty(2, width, device="meta")).shape == (2, 720)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +205,17 @@ def test_lorafa_keeps_a_and_projects_the_gradient() -> None:
     torch.optim.SGD(model.inlay.parameters(), lr=0.1).step()
     assert torch.equal(method.A, A)
     assert [n for n, _ in method.named_parameters()] == ["B"]
+
+
+def test_frozen_factors_keep_no_input_for_the_backward_pass() -> None:
+    """LoRA keeps x (tokens, d_in); LoRA-FA and LoRA-XS keep A x (tokens, r)."""
+    for method, keeps in ((LoRA(r=2), True), (LoRAFA(r=2), False), (LoRAXS(r=2), False)):
+        model, _, _ = one(method)
+        x, kept = torch.randn(7, 36, requires_grad=True), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+            model(x)
+        assert (x.shape in kept) is keeps, (method, kept)
+        assert (7, 2) in kept
 
 
 def test_pissa_is_the_base_at_the_start_and_the_principal_part() -> None:

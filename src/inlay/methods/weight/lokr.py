@@ -26,7 +26,7 @@ class LoKr(Cored):
     """
 
     paper: ClassVar[str] = "Yeh et al. 2023, arXiv 2309.14859"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     factor: int = option(
         default=-1,

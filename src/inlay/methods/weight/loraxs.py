@@ -23,7 +23,7 @@ class LoRAXS(Ranked):
 
     paper: ClassVar[str] = "Bałazy et al. 2024, arXiv 2405.17604"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v", "attn.o", "mlp.up", "mlp.down")
-    learning_rate: ClassVar[float] = 4e-3
+    learning_rate: ClassVar[float] = 2e-2
 
     r: int = option(default=16, doc="rank", low=1)
     alpha: float = option(default=16.0, doc="scale numerator α", low=0.0)

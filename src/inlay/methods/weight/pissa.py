@@ -24,7 +24,7 @@ class PiSSA(Ranked):
     """
 
     paper: ClassVar[str] = "Meng, Wang & Zhang 2024, arXiv 2404.02948"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
 
     iterations: int = option(
         default=4, doc="subspace iterations of the randomised SVD of large matrices; 0: exact", low=0

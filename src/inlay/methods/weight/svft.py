@@ -29,7 +29,7 @@ class SVFT(DeltaMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Lingam et al. 2024, arXiv 2405.19597"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
-    learning_rate: ClassVar[float] = 3e-2
+    learning_rate: ClassVar[float] = 5e-2
 
     structure: Literal["plain", "banded", "random", "top"] = option(default="plain", doc="pattern of M")
     band: int = option(default=2, doc="off-diagonals on either side; random and top take as many places", low=0)
