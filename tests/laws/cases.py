@@ -25,6 +25,23 @@ from laws.benches import Bench, benches
 
 SETTINGS: dict[str, list[str]] = {
     "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
+    "lorafa": ["lorafa(r=3, alpha=6)", "lorafa(r=2, corrected=true)"],
+    "loha": ["loha(r=2, alpha=3)", "loha(r=2, tucker=true)"],
+    "lokr": ["lokr(r=1, alpha=2)", "lokr(r=1, factor=2, decompose_both=true, tucker=true, init='lycoris')"],
+    "krona": ["krona(scale=2)"],
+    "pissa": ["pissa(r=2, alpha=3)"],
+    "loraxs": ["loraxs(r=2, deviation=0)", "loraxs(r=3, deviation=0.01)"],
+    "nola": ["nola(r=2, bases=5)"],
+    "vblora": ["vblora(r=2, vectors=6, bound=0.3)", "vblora(r=2, vectors=5, top=3, bound=0.3, compact=true)"],
+    "svft": [
+        "svft",
+        "svft(structure='banded', band=1)",
+        "svft(structure='random', init='gated')",
+        "svft(structure='top', band=1)",
+    ],
+    "diablo": ["diablo(blocks=3)"],
+    "kradapter": ["kradapter"],
+    "kronab": ["kronab(scale=2)"],
     "vera": ["vera(r=5, d_initial=0.5)"],
     "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
     "dylora": ["dylora(of=lora(r=4))", "dylora(of=lora(r=4, bias=true), rank=2)", "dylora(of=vera(r=5), frozen=true)"],

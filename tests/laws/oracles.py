@@ -24,6 +24,10 @@ class Given:
     tensors: dict[str, Tensor]
     shared: dict[str, Tensor]
     inner: Given | None = field(default=None)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of its own that are not trained."""
+    common: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that all sites of the method train together."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -43,7 +47,13 @@ def given(method: Method, shared: dict[str, Tensor]) -> Given:
     options["channels"] = isinstance(method.site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     of = options.get("of")
     wide = {n: t.double() for n, t in shared.items()}
-    return Given(method.name(), options, own, wide, None if of is None else given(of, shared))
+    frozen = {n: t.detach().double() for n, t in method.named_buffers() if not n.startswith("of.")}
+    common = {
+        n.removeprefix("own_"): p.detach().double()
+        for peer in method.site.peers for built in peer.built.values()
+        for n, p in built.named_parameters() if n.startswith("own_")
+    }  # fmt: skip
+    return Given(method.name(), options, own, wide, None if of is None else given(of, shared), frozen, common)
 
 
 # ---------------------------------------------------------------------- methods on matrices
@@ -52,6 +62,113 @@ def lora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     r, alpha = g.options["r"], g.options["alpha"]
     scale = alpha / r**0.5 if g.options["rank_stabilized"] else alpha / r
     return W + scale * (g["B"] @ g["A"]), b if b is None or "b" not in g.tensors else b + scale * g["b"]
+
+
+def lorafa(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s B A with A as it was drawn."""
+    return W + g.options["alpha"] / g.options["r"] * g["B"] @ g.frozen["A"], b
+
+
+def loha(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s (B₁ A₁) ⊙ (B₂ A₂), rebuilt tap by tap where the kernel has a core."""
+    sides = []
+    for k in "12":
+        A = g["A" + k]
+        if "T" + k in g.tensors:
+            A = torch.stack([g["T" + k][:, :, t] @ A for t in range(g["T" + k].shape[2])], -1).reshape(len(A), -1)
+        sides.append(g["B" + k] @ A)
+    return W + g.options["alpha"] / g.options["r"] * sides[0] * sides[1], b
+
+
+def lokr(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s C ⊗ D, D on its own kernel."""
+    C = g["C"] if "C" in g.tensors else g["C1"] @ g["C2"]
+    if "D" in g.tensors:
+        D = g["D"]
+    else:
+        A = g["A"]
+        if "T" in g.tensors:
+            A = torch.stack([g["T"][:, :, t] @ A for t in range(g["T"].shape[2])], -1).reshape(len(A), -1)
+        D = g["B"] @ A
+    rows = [torch.cat([c * D for c in row], 1) for row in C]
+    return W + g.options["alpha"] / g.options["r"] * torch.cat(rows), b
+
+
+def krona(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s A ⊗ B, block by block."""
+    blocks = [torch.cat([a * g["B"] for a in row], 1) for row in g["A"]]
+    return W + g.options["scale"] * torch.cat(blocks), b
+
+
+def pissa(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W_res + s B A, the residual from an exact SVD of W."""
+    s = g.options["alpha"] / g.options["r"]
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    r = g.options["r"]
+    return W - (U[:, :r] * S[:r]) @ Vh[:r] + s * g["B"] @ g["A"], b
+
+
+def loraxs(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s U_r R Σ_r V_rᵀ; of each singular pair the sign is free but for U's largest number being positive."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    r = len(g["R"])
+    U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    flip = torch.stack([u[u.abs().argmax()].sign() for u in U.T]).diag()
+    return W + g.options["alpha"] / g.options["r"] * U @ flip @ g["R"] @ S.diag() @ flip @ Vh, b
+
+
+def nola(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s (Σ b_j B_j) (A₀ + Σ a_i A_i)."""
+    (A,), (B,), (A0,) = ([t for n, t in g.shared.items() if n.endswith(end)] for end in ("-A", "-B", "-A0"))
+    d_out, d_in = W.shape
+    left = sum(c * B[:d_out, :, j] for j, c in enumerate(g["b"]))
+    right = A0[:d_in] / d_in**0.5 + sum(c * A[:d_in, :, i] for i, c in enumerate(g["a"]))
+    return W + g.options["alpha"] / g.options["r"] * left @ right.T, b
+
+
+def vblora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + B A, piece by piece out of the bank."""
+    bank, K = g.common["bank"], g.options["top"]
+
+    def piece(logits: Tensor) -> Tensor:
+        best = logits.sort(descending=True).indices[:K]
+        return (logits[best].exp() / logits[best].exp().sum()) @ bank[best]
+
+    A = torch.stack([torch.cat([piece(cell) for cell in row]) for row in g["logits_A"]])
+    B = torch.cat([torch.stack([piece(cell) for cell in row], 1) for row in g["logits_B"]])
+    return W + B @ A, b
+
+
+def svft(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """U (Σ + M) Vᵀ with M filled in entry by entry."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    flip = torch.stack([u[u.abs().argmax()].sign() for u in U.T])
+    U, Vh = U * flip, Vh * flip[:, None]
+    n, band, M = len(S), g.options["band"], torch.zeros(len(S), len(S), dtype=W.dtype)
+    values = iter(g["M"] * (g["gate"].sigmoid() if "gate" in g.tensors else 1))
+    near = [(i, j) for i in range(n) for j in range(n) if abs(i - j) <= band]
+    places = {"plain": [(i, i) for i in range(n)], "banded": near}.get(g.options["structure"])
+    if places is None:
+        places = [divmod(int(at), n) for at in g.frozen["entries"]]
+        assert len(set(places)) == len(near)
+    for i, j in places:
+        M[i, j] = next(values)
+    return U @ (S.diag() + M) @ Vh, b
+
+
+def diablo(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W with blocks added along its diagonal."""
+    W, (_, rows, columns) = W.clone(), g["D"].shape
+    for k, D in enumerate(g["D"]):
+        there = W[k * rows : (k + 1) * rows, k * columns : (k + 1) * columns]
+        there += D[: there.shape[0], : there.shape[1]]
+    return W, b
+
+
+def kradapter(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + s K, or s Kᵀ, with K_i the outer product of V_i and U_i in one row."""
+    K = torch.stack([torch.outer(v, u).flatten()[: max(W.shape)] for u, v in zip(g["U"], g["V"], strict=True)])
+    return W + g.options["scale"] * (K if W.shape[0] < W.shape[1] else K.T), b
 
 
 def vera(W: Tensor, b: Tensor | None, g: Given) -> Pair:
@@ -108,8 +225,10 @@ def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:
 
 
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
-    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "dylora": dylora, "adalora": adalora,
-    "deltalora": deltalora, "relora": relora,
+    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "lorafa": lorafa, "loha": loha, "lokr": lokr, "krona": krona,
+    "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "diablo": diablo,
+    "kradapter": kradapter,
+    "dylora": dylora, "adalora": adalora, "deltalora": deltalora, "relora": relora,
 }  # fmt: skip
 
 
@@ -132,11 +251,18 @@ def bottleneck(g: Given, of_input: bool, normed: bool = False) -> Rule:
     return rule
 
 
+def kronecker_branch(g: Given) -> Rule:
+    """y + s (A ⊗ B) x."""
+    blocks = torch.cat([torch.cat([a * g["B"] for a in row], 1) for row in g["A"]])
+    return lambda x, y: (y.double() + g.options["scale"] * x.double() @ blocks.T).to(y.dtype)
+
+
 HIDDEN: dict[str, Callable[[Given], Rule]] = {
     "houlsby": lambda g: bottleneck(g, False),
     "pfeiffer": lambda g: bottleneck(g, False),
     "linadapter": lambda g: bottleneck(g, False, normed=True),
     "paralleladapter": lambda g: bottleneck(g, True),
+    "kronab": kronecker_branch,
 }  # fmt: skip
 ELSEWHERE = {
     "loreft": "tests/hidden/test_reft.py", "direft": "tests/hidden/test_reft.py",

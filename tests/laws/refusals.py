@@ -18,6 +18,8 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ("DiReFT", MAPS, "edits a sequence of hidden states, 'conv' gives a map"),
     ("ParallelAdapter", MAPS, "needs vectors at 'conv', which reads a map"),
     ("ParallelAdapter", TABLES, "needs vectors at 'table', which reads ids"),
+    ("KronAB", MAPS, "needs vectors at 'conv', which reads a map"),
+    ("KronAB", TABLES, "needs vectors at 'table', which reads ids"),
     # no seam in the base's own code where the method could enter
     ("PromptTuning", {"vit"}, "its forward has no `inputs_embeds`"),
     ("PrefixTuning", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),

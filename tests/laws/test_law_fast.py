@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import inlay
 from inlay.core import matrices as m
-from inlay.core import mount
+from inlay.core import mount, products
 from inlay.core.method import WeightMethod
 from inlay.core.paths import prefers_effective
 from inlay.methods import LoRA
@@ -52,13 +53,44 @@ def kronecker(d_out: int, d_in: int, r: int) -> Made:
     def formed(P: Tensor, Q: Tensor) -> Tensor:
         return torch.einsum("pq,mn->pmqn", P, Q).reshape(P.shape[0] * Q.shape[0], P.shape[1] * Q.shape[1])
 
-    return m.Kronecker(P, Q), [P, Q], formed
+    return products.Kronecker(P, Q), [P, Q], formed
 
 
 def hadamard(d_out: int, d_in: int, r: int) -> Made:
     b1, a1, b2, a2 = leaf(d_out, r), leaf(r, d_in), leaf(d_out, r + 1), leaf(r + 1, d_in)
-    made = m.Hadamard(m.LowRank(b1, a1, 2.0), m.LowRank(b2, a2))
+    made = products.Hadamard(m.LowRank(b1, a1, 2.0), m.LowRank(b2, a2))
     return made, [b1, a1, b2, a2], lambda b1, a1, b2, a2: 2 * (b1 @ a1) * (b2 @ a2)
+
+
+def kronecker_low_rank(d_out: int, d_in: int, r: int) -> Made:
+    P, B, A = leaf(r, d_in), leaf(d_out, 2), leaf(2, r)
+    made = products.Kronecker(P, m.LowRank(B, A, 0.5))
+    return made, [P, B, A], lambda P, B, A: 0.5 * torch.stack([torch.cat([p * (B @ A) for p in row], 1)
+                                                              for row in P]).flatten(0, 1)  # fmt: skip
+
+
+def khatri_rao(d_out: int, d_in: int, r: int) -> Made:
+    U, V, width = leaf(d_out, r), leaf(d_out, d_in), max(1, d_in * r - 1)
+    made = products.KhatriRao(U, V, width)
+    return made, [U, V], lambda U, V: torch.stack([torch.kron(v, u)[:width] for u, v in zip(U, V, strict=True)])
+
+
+def khatri_rao_transposed(d_out: int, d_in: int, r: int) -> Made:
+    U, V, width = leaf(d_in, r), leaf(d_in, d_out), max(1, d_out * r - 1)
+    made = products.KhatriRao(U, V, width, transposed=True)
+    return made, [U, V], lambda U, V: torch.stack([torch.kron(v, u)[:width] for u, v in zip(U, V, strict=True)], 1)
+
+
+def sandwich(d_out: int, d_in: int, r: int) -> Made:
+    U, (M, tensors, formed), V = leaf(d_out, r), sparse(r, r, r), leaf(d_in, r)
+    return products.Sandwich(U, M, V), [U, *tensors, V], lambda *t: t[0] @ formed(*t[1:-1]) @ t[-1].T
+
+
+def block_diagonal_cut(d_out: int, d_in: int, r: int) -> Made:
+    m_out, m_in = -(-d_out // r), -(-d_in // r)
+    n = max(-(-d_out // m_out), -(-d_in // m_in))
+    blocks = leaf(n, m_out, m_in)
+    return m.BlockDiagonal(blocks, (d_out, d_in)), [blocks], lambda b: torch.block_diag(*b)[:d_out, :d_in]
 
 
 def block_diagonal(d_out: int, d_in: int, r: int) -> Made:
@@ -96,15 +128,17 @@ def scaled(d_out: int, d_in: int, r: int) -> Made:
     return one.scaled(s), [*p, s], lambda *t: t[-1] * f(*t[:-1])
 
 
-MAKERS = [low_rank, dense, diagonal, kronecker, hadamard, block_diagonal, sparse, summed, scaled]
+MAKERS = [
+    low_rank, dense, diagonal, kronecker, kronecker_low_rank, hadamard, khatri_rao, khatri_rao_transposed, sandwich,
+    block_diagonal, block_diagonal_cut, sparse, summed, scaled,
+]  # fmt: skip
 size = st.integers(1, 5)
 
 
 def test_every_matrix_has_a_maker() -> None:
     made = {type(make(2, 2, 2)[0]) for make in MAKERS}
-    assert made == {
-        c for c in vars(m).values() if isinstance(c, type) and issubclass(c, m.Matrix) and c is not m.Matrix
-    }
+    kinds = [c for module in (m, products) for c in vars(module).values() if isinstance(c, type)]
+    assert made == {c for c in kinds if issubclass(c, m.Matrix) and not inspect.isabstract(c)}
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)

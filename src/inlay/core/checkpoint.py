@@ -82,6 +82,28 @@ def shared_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return {name: t for name, t in attached(adapter.model).tensors.named_buffers() if name in used}
 
 
+def identity(name: str, t: Tensor, derived: set[str]) -> str | list[float]:
+    """What tells a shared tensor from others: its digest, or a print of one derived from the base's weights.
+
+    The print is 8 random projections of a random mixture of its columns: columns that are turned or swapped change it.
+    """
+    if name not in derived:
+        return sha256(tensor_bytes(t))
+    generator = torch.Generator("cpu").manual_seed(0)
+    left, right = (torch.randn(d, n, generator=generator, dtype=torch.float64)
+                   for d, n in ((8, t.shape[0]), (t.shape[1], 1)))  # fmt: skip
+    return [float(f"{x:.6g}") for x in (left @ (t.detach().cpu().double() @ right)).flatten().tolist()]
+
+
+def identical(known: str | list[float], name: str, t: Tensor, derived: set[str]) -> bool:
+    """Whether a shared tensor is the one a file knows, a derived one up to what rounding does to singular vectors."""
+    found = identity(name, t, derived)
+    if isinstance(known, str) or isinstance(found, str):
+        return known == found
+    a, b = torch.tensor(known), torch.tensor(found)
+    return bool((a - b).norm() <= 1e-2 * a.norm())
+
+
 def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
     """Everything but the tensors: methods, places, base, library, task."""
     import inlay as library
@@ -107,7 +129,7 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
         "seed": adapter.seed,
         "head": list(adapter.head),
         "sites": sites,
-        "shared": {name: sha256(tensor_bytes(t)) for name, t in shared_tensors(adapter).items()},
+        "shared": {name: identity(name, t, inlay.state.derived) for name, t in shared_tensors(adapter).items()},
         "base": {
             "architecture": type(model).__name__,
             "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
@@ -290,10 +312,12 @@ def restore(adapter: Adapter, document: dict[str, Any], tensors: dict[str, Tenso
                     f"{folder} brings its own '{name}', but an attached adapter uses another of that name: "
                     "delete that adapter first"
                 )
-        elif name in document["shared"] and sha256(tensor_bytes(buffer)) != document["shared"][name]:
+        elif name in document["shared"] and not identical(document["shared"][name], name, buffer, inlay.state.derived):
+            made = "computed from the base" if name in inlay.state.derived else "drawn from its seed"
+            why = "the base in another precision" if name in inlay.state.derived else "another torch version"
             raise CheckpointError(
-                f"{folder}: the shared tensor '{name}' drawn from its seed differs from the one trained with "
-                "(another torch version?): save the adapter with shared=True where it was trained"
+                f"{folder}: the shared tensor '{name}' {made} differs from the one trained with ({why}?): "
+                "save the adapter with shared=True where it was trained"
             )
     for record in document["sites"]:
         method = own.get_submodule(module_key(record["slot"]))

@@ -96,6 +96,8 @@ class State:
     """Adapters that are merged now."""
     active_before: list[str] = field(default_factory=list)
     """Adapters that were active before the merge."""
+    derived: set[str] = field(default_factory=set)
+    """Shared tensors computed from the base's weights."""
     given: set[str] = field(default_factory=set)
     """Shared tensors that came from a file, which a seed may not reproduce."""
 
@@ -223,6 +225,7 @@ class Inlay(nn.Module):
         for name in [name for name in self.tensors._buffers if name not in used]:
             del self.tensors._buffers[name]
             self.state.given.discard(name)
+            self.state.derived.discard(name)
         self.state.active = [name for name in self.active if name != adapter]
 
     def close(self) -> None:

@@ -162,94 +162,33 @@ class Diagonal(Matrix):
         return F.one_hot(ids, self.shape[1]) * self.d[ids].unsqueeze(-1)
 
 
-class Kronecker(Matrix):
-    """Δ = P ⊗ Q with P (p, q) and Q (m, n); Δ is (p·m, q·n)."""
-
-    def __init__(self, P: Tensor, Q: Tensor) -> None:
-        self.P, self.Q = P, Q
-        self.shape = (P.shape[0] * Q.shape[0], P.shape[1] * Q.shape[1])
-
-    def apply(self, x: Tensor) -> Tensor:
-        X = x.unflatten(-1, (self.P.shape[1], self.Q.shape[1]))  # (…, q, n)
-        X = F.linear(X, self.Q.to(x.dtype))  # (…, q, m): Q first, it acts on the contiguous axis
-        return torch.matmul(self.P.to(x.dtype), X).flatten(-2)  # (…, p·m)
-
-    def dense(self) -> Tensor:
-        return torch.kron(self.P, self.Q)
-
-    def row_dot(self, W: Tensor) -> Tensor:
-        (p, q), (m, n) = self.P.shape, self.Q.shape
-        return torch.einsum("piqn,pq,in->pi", W.to(self.P.dtype).view(p, m, q, n), self.P, self.Q).flatten()
-
-    def row_squares(self) -> Tensor:
-        return torch.outer(self.P.square().sum(1), self.Q.square().sum(1)).flatten()
-
-    def flops(self, tokens: int) -> int:
-        (p, q), (m, n) = self.P.shape, self.Q.shape
-        return 2 * tokens * (q * n * m + p * q * m)
-
-    def dense_flops(self) -> int:
-        return prod(self.shape)
-
-    def columns(self, ids: Tensor) -> Tensor:
-        n = self.Q.shape[1]
-        P, Q = self.P.T[ids // n], self.Q.T[ids % n]  # (…, p), (…, m)
-        return (P.unsqueeze(-1) * Q.unsqueeze(-2)).flatten(-2)
-
-
-class Hadamard(Matrix):
-    """Δ = (B₁A₁) ⊙ (B₂A₂): rows of rank r₁·r₂ from two low-rank factors; formed densely to be applied."""
-
-    def __init__(self, left: LowRank, right: LowRank) -> None:
-        if left.shape != right.shape:
-            raise ValueError(f"Hadamard needs two factors of one shape, got {left.shape} and {right.shape}")
-        self.left, self.right, self.shape = left, right, left.shape
-
-    def apply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense().to(x.dtype))
-
-    def dense(self) -> Tensor:
-        return self.left.dense() * self.right.dense()
-
-    def row_dot(self, W: Tensor) -> Tensor:
-        return (W * self.dense()).sum(1)
-
-    def row_squares(self) -> Tensor:
-        # ‖(l ⊙ r)_i‖² = Σ_j (b₁A₁)²_j (b₂A₂)²_j has no cheaper form than the rows themselves
-        return self.dense().square().sum(1)
-
-    def flops(self, tokens: int) -> int:
-        return self.dense_flops() + 2 * tokens * prod(self.shape)
-
-    def dense_flops(self) -> int:
-        return self.left.dense_flops() + self.right.dense_flops() + prod(self.shape)
-
-    def columns(self, ids: Tensor) -> Tensor:
-        return self.left.columns(ids) * self.right.columns(ids)
-
-
 class BlockDiagonal(Matrix):
-    """Δ = diag(D₁, …, D_n) with blocks (n, m_out, m_in)."""
+    """Δ = diag(D₁, …, D_n) with blocks (n, m_out, m_in), cut to `shape` where the blocks do not divide it."""
 
-    def __init__(self, blocks: Tensor) -> None:
+    def __init__(self, blocks: Tensor, shape: tuple[int, int] | None = None) -> None:
         self.blocks = blocks
         n, m_out, m_in = blocks.shape
-        self.shape = (n * m_out, n * m_in)
+        self.whole = (n * m_out, n * m_in)
+        self.shape = shape or self.whole
 
     def apply(self, x: Tensor) -> Tensor:
-        X = x.unflatten(-1, (self.blocks.shape[0], self.blocks.shape[2]))
-        return torch.einsum("...ni,noi->...no", X, self.blocks.to(x.dtype)).flatten(-2)
+        n, _, m_in = self.blocks.shape
+        X = F.pad(x, (0, self.whole[1] - self.shape[1])).unflatten(-1, (n, m_in))
+        return torch.einsum("...ni,noi->...no", X, self.blocks.to(x.dtype)).flatten(-2)[..., : self.shape[0]]
 
     def dense(self) -> Tensor:
-        return torch.block_diag(*self.blocks)
+        return torch.block_diag(*self.blocks)[: self.shape[0], : self.shape[1]]
 
     def row_dot(self, W: Tensor) -> Tensor:
         n, m_out, m_in = self.blocks.shape
-        diagonal = torch.stack([W[i * m_out : (i + 1) * m_out, i * m_in : (i + 1) * m_in] for i in range(n)])
-        return (diagonal * self.blocks).sum(-1).flatten()
+        W = F.pad(W, (0, self.whole[1] - self.shape[1], 0, self.whole[0] - self.shape[0]))
+        diagonal = W.view(n, m_out, n, m_in).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        return (diagonal * self.blocks).sum(-1).flatten()[: self.shape[0]]
 
     def row_squares(self) -> Tensor:
-        return self.blocks.square().sum(-1).flatten()
+        n, _, m_in = self.blocks.shape
+        inside = torch.arange(n * m_in, device=self.blocks.device).view(n, 1, m_in) < self.shape[1]
+        return (self.blocks * inside).square().sum(-1).flatten()[: self.shape[0]]
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.blocks.numel()
@@ -261,7 +200,7 @@ class BlockDiagonal(Matrix):
         n, _, m_in = self.blocks.shape
         block, column = ids // m_in, ids % m_in
         values = self.blocks[block, :, column]  # (…, m_out)
-        return (F.one_hot(block, n).unsqueeze(-1) * values.unsqueeze(-2)).flatten(-2)
+        return (F.one_hot(block, n).unsqueeze(-1) * values.unsqueeze(-2)).flatten(-2)[..., : self.shape[0]]
 
 
 class Sparse(Matrix):

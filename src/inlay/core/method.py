@@ -123,8 +123,13 @@ class Method(nn.Module, ABC):
             t.data.copy_(tensors[name])
 
     def states(self) -> dict[str, Tensor]:
-        """Tensors that change in training without being trained (running statistics); they are saved as well."""
-        return {}
+        """Persistent buffers: what belongs to the adapter without being trained (running statistics, frozen draws)."""
+        return {
+            f"{path}.{name}" if path else name: t
+            for path, module in self.named_modules()
+            for name, t in module._buffers.items()
+            if t is not None and name not in module._non_persistent_buffers_set
+        }
 
     # ------------------------------------------------------------------ specification and copies
     def at(self, site: Site) -> Self:
@@ -135,12 +140,12 @@ class Method(nn.Module, ABC):
                 setattr(built, name, value.at(site))
         built.__dict__["_site"] = site  # past nn.Module, which would register the base module it leads to
         built.build(site)
-        site.methods.append(built)
+        site.built[type(self)] = built
         return built
 
     def afresh(self) -> Self:
         """Another copy built at the same site, as at the start; it is not attached."""
-        return self.at(dataclasses.replace(self.site, methods=[]))
+        return self.at(dataclasses.replace(self.site, built={}))
 
     @property
     def site(self) -> Site:
@@ -310,9 +315,6 @@ class ParameterMethod(Method):
     def follows(self, site: Site) -> tuple[str, ...]:
         """Buffers of the module that are copied as well, and updated there in the base's stead; none by default."""
         return ()
-
-    def states(self) -> dict[str, Tensor]:
-        return dict(self.named_buffers())
 
     def count(self, site: Site) -> int:
         return site.parameter.numel()

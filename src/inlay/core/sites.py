@@ -25,7 +25,6 @@ from inlay.core.rows import Rows
 
 if TYPE_CHECKING:
     from inlay.core.adapter import Inlay
-    from inlay.core.method import Method
     from inlay.core.towers import Tower
 
 
@@ -217,11 +216,11 @@ class Site:
     """The tower of a site on the token sequence, see `inlay.core.towers`."""
     parts: list[str] = field(default_factory=list)
     """Paths of the attentions such a site takes in, for a prefix."""
-    methods: list[Method] = field(default_factory=list)
-    """What was built here: a method, before it those it is made of."""
     inlay: Inlay | None = None
     uses: set[str] = field(default_factory=set)
     """Names of the shared tensors that the method here asked for."""
+    built: dict[type, nn.Module] = field(default_factory=dict)
+    """The methods built here, by class."""
 
     # ------------------------------------------------------------------ matrix sites
     @property
@@ -360,11 +359,32 @@ class Site:
         return torch.device("cpu") if t is None else t.device
 
     # ------------------------------------------------------------------ shared
-    def shared(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """A frozen tensor that exists once per model; `make` runs on first use."""
+    def shared(self, name: str, make: Callable[[], Tensor], derived: bool = False) -> Tensor:
+        """A frozen tensor that exists once per model; `make` runs on first use.
+
+        Files name it by its digest. One that is `derived` from the base's weights, whose last bits depend on the
+        machine, is named by a print that is compared within a tolerance.
+        """
         assert self.inlay is not None
         self.uses.add(name)
+        if derived:
+            self.inlay.state.derived.add(name)
         return self.inlay.shared_tensor(name, make)
+
+    @property
+    def flat_key(self) -> str:
+        """The key as part of a tensor's name, which has no dots."""
+        return self.key.replace(".", "/")
+
+    @property
+    def leader(self) -> Site:
+        """The one of all places of a method that holds what they train together, the same after a load."""
+        return min(self.peers, key=lambda site: site.key)
+
+    @property
+    def leads(self) -> bool:
+        """Whether that is this one."""
+        return self.leader is self
 
     def shared_now(self, name: str) -> Tensor:
         """The shared tensor of that name, wherever the model has been moved since."""

@@ -2,6 +2,7 @@
 
 from inlay.methods.hidden.direft import DiReFT
 from inlay.methods.hidden.houlsby import Houlsby
+from inlay.methods.hidden.kronab import KronAB
 from inlay.methods.hidden.linadapter import LinAdapter
 from inlay.methods.hidden.loreft import LoReFT
 from inlay.methods.hidden.paralleladapter import ParallelAdapter
@@ -14,14 +15,55 @@ from inlay.methods.schedule.relora import ReLoRA
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
 from inlay.methods.weight.bitfit import BitFit
+from inlay.methods.weight.diablo import DiaBlo
 from inlay.methods.weight.dora import DoRA
 from inlay.methods.weight.full import Full
 from inlay.methods.weight.ia3 import IA3
+from inlay.methods.weight.kradapter import KRAdapter
+from inlay.methods.weight.krona import KronA
+from inlay.methods.weight.loha import LoHa
+from inlay.methods.weight.lokr import LoKr
 from inlay.methods.weight.lora import LoRA
+from inlay.methods.weight.lorafa import LoRAFA
+from inlay.methods.weight.loraxs import LoRAXS
+from inlay.methods.weight.nola import NOLA
 from inlay.methods.weight.normtuning import NormTuning
+from inlay.methods.weight.pissa import PiSSA
+from inlay.methods.weight.svft import SVFT
+from inlay.methods.weight.vblora import VBLoRA
 from inlay.methods.weight.vera import VeRA
 
 __all__ = [
-    "IA3", "AdaLoRA", "BitFit", "DeltaLoRA", "DiReFT", "DoRA", "DyLoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe",
-    "LoRA", "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "ReLoRA", "VeRA",
+    "IA3",
+    "NOLA",
+    "SVFT",
+    "AdaLoRA",
+    "BitFit",
+    "DeltaLoRA",
+    "DiReFT",
+    "DiaBlo",
+    "DoRA",
+    "DyLoRA",
+    "Full",
+    "Houlsby",
+    "KRAdapter",
+    "KronA",
+    "KronAB",
+    "LinAdapter",
+    "LinearProbe",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LoRAFA",
+    "LoRAXS",
+    "LoReFT",
+    "NormTuning",
+    "ParallelAdapter",
+    "Pfeiffer",
+    "PiSSA",
+    "PrefixTuning",
+    "PromptTuning",
+    "ReLoRA",
+    "VBLoRA",
+    "VeRA",
 ]  # fmt: skip

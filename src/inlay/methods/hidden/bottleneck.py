@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inlay.core.draws import Draw
 from inlay.core.errors import OptionError, SiteError
-from inlay.core.method import HiddenMethod, option, uniform
+from inlay.core.method import HiddenMethod, Method, option, uniform
 from inlay.core.sites import ConvHost, Site
 
 if TYPE_CHECKING:
@@ -95,15 +95,7 @@ class Bottleneck(HiddenMethod):
 
     def widths(self, site: Site) -> tuple[int, int]:
         """(features f reads, features f writes); SiteError where the module has no such features."""
-        channels = isinstance(site.host, ConvHost)
-        if not self.reads_input:
-            return site.features, site.features
-        if site.is_embedding or channels:
-            raise SiteError(
-                f"{self.label()} needs vectors at '{site.path}', which reads {'a map' if channels else 'ids'}"
-            )
-        whole = site.host is None or site.entry is not None
-        return (site.features if whole else site.d_in), site.features
+        return ends(self, site) if self.reads_input else (site.features, site.features)
 
     @property
     def starts_at_base(self) -> bool:
@@ -146,6 +138,17 @@ def leave_out(adapter: Adapter, n: int) -> None:
         if method.site.depth is None:
             raise SiteError(f"'{method.site.path}' is in no block, so AdapterDrop cannot count blocks there")
         method.drop = n
+
+
+def ends(method: Method, site: Site) -> tuple[int, int]:
+    """Widths of the input and the output of a site; SiteError where the input is not a vector."""
+    channels = isinstance(site.host, ConvHost)
+    if site.is_embedding or channels:
+        raise SiteError(
+            f"{method.label()} needs vectors at '{site.path}', which reads {'a map' if channels else 'ids'}"
+        )
+    whole = site.host is None or site.entry is not None
+    return (site.features if whole else site.d_in), site.features
 
 
 def trained(t: Tensor, site: Site) -> nn.Parameter:

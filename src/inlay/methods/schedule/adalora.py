@@ -82,7 +82,8 @@ class AdaLoRA(DeltaMethod):
 
     def everywhere(self) -> list[AdaLoRA]:
         """This method at all its sites, which share one budget."""
-        return [m for site in self.site.peers for m in site.methods if isinstance(m, AdaLoRA)]
+        built = [site.built[AdaLoRA] for site in self.site.peers]
+        return [method for method in built if isinstance(method, AdaLoRA)]
 
     def budget(self, progress: float, sites: list[AdaLoRA]) -> int:
         """Triplets to keep in all: b_T + (b_0 − b_T) (1 − t)³, t from 0 to 1 while the budget falls."""

@@ -33,6 +33,10 @@ class DoRA(WeightMethod):
         self.register_buffer("squares", squares, persistent=False)  # ‖W_i‖², W never moves
         self.m = nn.Parameter(squares.sqrt().to(site.dtype))
 
+    @property
+    def starts_at_base(self) -> bool:
+        return self.of.starts_at_base
+
     def count(self, site: Site) -> int:
         return self.of.count(site) + site.d_out
 

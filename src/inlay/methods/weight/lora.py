@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.matrices import LowRank
-from inlay.core.method import DeltaMethod, option, register, uniform
+from inlay.core.method import option, register, uniform
 from inlay.core.sites import Site
+from inlay.methods.weight.ranked import Ranked
 
 
 @register
-class LoRA(DeltaMethod):
+class LoRA(Ranked):
     """W′ = W + s·B A,  s = α/r  (rank-stabilised: α/√r).
 
     A (r, d_in) starts Kaiming-uniform, B (d_out, r) at zero; on an embedding table A is zero and B normal, so the
@@ -19,21 +20,15 @@ class LoRA(DeltaMethod):
     on its own channels. `bias` gives the update a bias c as well: b′ = b + s·c.
     """
 
-    kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685 (rank-stabilised: Kalajdzievski 2023, arXiv 2312.03732)"
-    where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
     learning_rate: ClassVar[float] = 3e-3
 
-    r: int = option(default=8, doc="rank", low=1)
-    alpha: float = option(default=8.0, doc="scale numerator α", low=0.0)
-    rank_stabilized: bool = option(default=False, doc="s = α/√r instead of α/r")
     init: Literal["kaiming", "gaussian"] = option(
         default="kaiming", doc="distribution of A; gaussian has deviation 1/r"
     )
     bias: bool = option(default=False, doc="train a bias of the update, where the base has one")
 
     def build(self, site: Site) -> None:
-        self.scale = self.alpha / (self.r**0.5 if self.rank_stabilized else self.r)
         A, B = torch.zeros(self.r, site.d_in), torch.zeros(site.d_out, self.r)
         if site.is_embedding:
             B.normal_()

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.matrices import LowRank
+from inlay.core.method import option, register, uniform
+from inlay.core.sites import Site
+from inlay.methods.weight.ranked import Ranked
+
+
+@register
+class LoRAFA(Ranked):
+    """W′ = W + s·B A with A frozen as it was drawn and B alone trained.
+
+    A (r, d_in) is Kaiming-uniform and saved with the adapter, B (d_out, r) starts at zero. The backward pass keeps
+    A x, r numbers per token, where LoRA keeps the d_in of x. With `corrected` (the paper's second version) the
+    gradient of B is the one whose step comes nearest to that of full fine-tuning: g ← g (A Aᵀ + 10⁻⁸ I)⁺ / s².
+    """
+
+    paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2308.03303"
+    learning_rate: ClassVar[float] = 1e-2
+
+    corrected: bool = option(default=False, doc="correct the gradient of B as the paper's second version does")
+
+    def build(self, site: Site) -> None:
+        A = uniform((self.r, site.d_in), site.d_in**-0.5).to(site.dtype)
+        self.register_buffer("A", A)
+        self.B = nn.Parameter(torch.zeros(site.d_out, self.r, dtype=site.dtype))
+        if self.corrected:
+            near = torch.linalg.pinv(A @ A.T + 1e-8 * torch.eye(self.r, dtype=A.dtype)) / self.scale**2
+            self.register_buffer("correction", near, persistent=False)
+
+    def count(self, site: Site) -> int:
+        return self.r * site.d_out
+
+    def delta(self) -> LowRank:
+        B = Corrected.apply(self.B, self.get_buffer("correction")) if self.corrected else self.B
+        return LowRank(B, self.get_buffer("A"), self.scale)
+
+
+class Corrected(torch.autograd.Function):
+    """B itself, whose gradient is multiplied from the right."""
+
+    @staticmethod
+    def forward(ctx: Any, B: Tensor, correction: Tensor) -> Tensor:
+        ctx.save_for_backward(correction)
+        return B.view_as(B)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (correction,) = ctx.saved_tensors
+        return gradient @ correction, None
