@@ -55,6 +55,8 @@ class Method(nn.Module, ABC):
     acts_on_bias: ClassVar[bool] = False
     has_sites: ClassVar[bool] = True
     """False for a method that is nothing but the task head beside it."""
+    of_a_run: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of buffers that a training run needs to go on, and a saved adapter does not hold."""
     mergeable: ClassVar[bool] = False
     """Whether the adapted network can be written as the base network with other tensors."""
 
@@ -128,7 +130,9 @@ class Method(nn.Module, ABC):
             f"{path}.{name}" if path else name: t
             for path, module in self.named_modules()
             for name, t in module._buffers.items()
-            if t is not None and name not in module._non_persistent_buffers_set
+            if t is not None
+            and name not in module._non_persistent_buffers_set
+            and not (isinstance(module, Method) and name.startswith(module.of_a_run))
         }
 
     # ------------------------------------------------------------------ specification and copies

@@ -29,6 +29,7 @@ class AdaLoRA(DeltaMethod):
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2303.10512"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
     learning_rate: ClassVar[float] = 3e-3
+    of_a_run: ClassVar[tuple[str, ...]] = ("sensitivity_", "uncertainty_")
 
     r: int = option(default=12, doc="triplets at the start", low=1)
     target: int = option(default=8, doc="triplets per site at the end, on average", low=1)

@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
 from inlay.core.errors import OptionError
 from inlay.core.matrices import LowRank
@@ -39,9 +38,6 @@ class DeltaLoRA(OverLowRank):
         self.register_buffer("A_K", torch.zeros_like(now.A, requires_grad=False))
         self.register_buffer("B_K", torch.zeros_like(now.B, requires_grad=False))
         self.register_buffer("moving", now.A.new_zeros(()))  # 0 or 1, a factor rather than a branch
-
-    def states(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(name) for name in ("A_K", "B_K", "moving")}
 
     def delta(self) -> LowRank:
         now, moved = self.inner(), self.ratio * self.get_buffer("moving")

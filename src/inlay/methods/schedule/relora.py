@@ -28,6 +28,8 @@ class ReLoRA(OverLowRank):
 
     paper: ClassVar[str] = "Lialin et al. 2023, arXiv 2307.05695"
 
+    of_a_run: ClassVar[tuple[str, ...]] = ("before_", "since")
+
     restarts: int = option(default=3, doc="times the update begins anew", low=1)
     warmup: int = option(default=10, doc="steps after a restart until steps have their full length", low=0)
     prune: float = option(
@@ -46,9 +48,6 @@ class ReLoRA(OverLowRank):
         self.register_buffer("since", torch.tensor(self.warmup))  # steps since the last restart
         for i, p in enumerate(self.of.parameters()):
             self.register_buffer(f"before_{i}", p.detach().clone())
-
-    def states(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(name) for name in ("frozen_B", "frozen_A", "cycle")}
 
     def delta(self) -> LowRank:
         now = self.inner()
