@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,11 @@ def adapted(spec: Any, bench: str = "classifier", **options: Any) -> nn.Module:
     return model.train()
 
 
-def lively(case: Case, *feeds: Inputs) -> Callable[[], nn.Module]:
-    """Makes a case's model in training mode, always the same, with a start at which no unit of an adapter is dead."""
+def lively(case: Case, *feeds: Inputs) -> tuple[Callable[[], nn.Module], float]:
+    """Makes a case's model in training mode, always the same, from a start at which no unit of an adapter is dead.
+
+    Beside it a rate at which its steps do not explode.
+    """
 
     def make(seed: int) -> nn.Module:
         model = case.model()
@@ -59,8 +63,9 @@ def lively(case: Case, *feeds: Inputs) -> Callable[[], nn.Module]:
     for seed in range(1, 6):
         model = make(seed)
         loss_of(model, *feeds).backward()
-        if all(p.grad is not None and p.grad.any() for p in trained(model).values()):
-            return lambda: make(seed)
+        gradients = [p.grad for p in trained(model).values()]
+        if all(g is not None and g.any() for g in gradients):
+            return partial(make, seed), RATE / max(1.0, *(float(g.abs().max()) for g in gradients if g is not None))
     raise AssertionError(f"{case.name}: no gradient reaches some tensors from any start")
 
 
@@ -79,11 +84,11 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train(model: nn.Module, *feeds: Inputs, forward: Forward | None = None, steps: int = 3) -> Run:
+def train(model: nn.Module, *feeds: Inputs, forward: Forward | None = None, steps: int = 3, rate: float = RATE) -> Run:
     """Steps of gradient descent on all feeds together, through `forward` (the model itself unless given)."""
     parameters, found = trained(model), Run()
     found.start = copied(parameters.items())
-    optimizer = torch.optim.SGD(parameters.values(), lr=RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9)
     for k in range(steps):
         loss = loss_of(model if forward is None else forward, *feeds)
         loss.backward()

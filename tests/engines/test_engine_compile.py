@@ -64,11 +64,12 @@ def chosen(case: Case) -> bool:
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases() if chosen(c)])
 def test_same_steps_everywhere(case: Case) -> None:
     try:
-        fresh = lively(case, case.feed())
+        fresh, rate = lively(case, case.feed())
     except (SiteError, ComposeError) as error:
         pytest.skip(str(error))  # the laws check refusals
     model = fresh()
-    same(train(model, case.feed(), forward=compiled(model)), train(fresh(), case.feed()))
+    wanted = train(fresh(), case.feed(), rate=rate)
+    same(train(model, case.feed(), forward=compiled(model), rate=rate), wanted)
 
 
 @pytest.mark.parametrize("bench", UNCOMPILED)

@@ -58,10 +58,10 @@ def test_same_steps(kind: str, reentrant: bool) -> None:
 def test_same_steps_everywhere(case: Case, reentrant: bool) -> None:
     feeds = (case.feed(), shorter(case.feed()))
     try:
-        fresh = lively(case, *feeds)
+        fresh, rate = lively(case, *feeds)
     except (SiteError, ComposeError) as error:
         pytest.skip(str(error))  # the laws check refusals
-    same(train(recomputed(fresh(), reentrant), *feeds), train(fresh(), *feeds))
+    same(train(recomputed(fresh(), reentrant), *feeds, rate=rate), train(fresh(), *feeds, rate=rate))
 
 
 @pytest.mark.parametrize("method", ["lora(r=2, dropout=0.4)", "houlsby(r=3)", "bitfit"])
