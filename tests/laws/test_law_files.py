@@ -168,11 +168,11 @@ def test_other_formats(saved: Path) -> None:
 def test_unknown_method(saved: Path) -> None:
     def newer(d: dict, t: dict) -> tuple[dict, dict]:
         for site in d["sites"]:
-            site["method"]["method"] = "lorax"
+            site["method"]["method"] = "loraz"
         return d, t
 
     rewritten(saved, newer)
-    refused(saved, "unknown method 'lorax'; did you mean 'lora'")
+    refused(saved, "unknown method 'loraz'; did you mean 'lora'")
 
 
 def test_other_base(saved: Path) -> None:
