@@ -27,6 +27,7 @@ SETTINGS: dict[str, list[str]] = {
     "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
     "vera": ["vera(r=5, d_initial=0.5)"],
     "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
+    "ssf": ["ssf", "ssf(init='paper')"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "houlsby": ["houlsby(r=3, init='near')"],
     "pfeiffer": ["pfeiffer(r=3)"],

@@ -74,8 +74,13 @@ def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return g["l"][:, None] * W, None if b is None else g["l"] * b
 
 
+def ssf(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """diag(γ) W and γ ⊙ b + β."""
+    return g["gamma"].diag() @ W, None if b is None else g["gamma"] * b + g["beta"]
+
+
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
-    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3,
+    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "ssf": ssf,
 }  # fmt: skip
 
 

@@ -331,9 +331,16 @@ def fold_experts(t: Tensor, levels: list[Level]) -> Tensor:
 
 def acts_on_output(level: Level) -> bool:
     """Whether a level acts through its module's output rather than through the tensor the module reads."""
-    if isinstance(level.method, HiddenMethod):
-        return True
-    return isinstance(level.method, WeightMethod) and level.site.host is not None and level.site.host.hooked
+    method, host = level.method, level.site.host
+    if not isinstance(method, WeightMethod):
+        return isinstance(method, HiddenMethod)
+    return host is not None and host.hooked and not reads_formed(level)
+
+
+def reads_formed(level: Level) -> bool:
+    """Whether the module reads W′ of a level it could also act beside; quantised layers read their own storage."""
+    formed = isinstance(level.method, WeightMethod) and level.method.formed()
+    return formed and not isinstance(level.site.host, QuantisedHost)
 
 
 def kept(level: Level) -> dict[str, Tensor]:

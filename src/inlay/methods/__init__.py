@@ -6,6 +6,7 @@ from inlay.methods.hidden.linadapter import LinAdapter
 from inlay.methods.hidden.loreft import LoReFT
 from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
+from inlay.methods.hidden.ssf import SSF
 from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
@@ -18,6 +19,6 @@ from inlay.methods.weight.normtuning import NormTuning
 from inlay.methods.weight.vera import VeRA
 
 __all__ = [
-    "IA3", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA", "LoReFT", "NormTuning",
-    "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "VeRA",
+    "IA3", "SSF", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA", "LoReFT",
+    "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "VeRA",
 ]  # fmt: skip
