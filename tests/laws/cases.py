@@ -28,6 +28,7 @@ SETTINGS: dict[str, list[str]] = {
     "vera": ["vera(r=5, d_initial=0.5)"],
     "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
     "ssf": ["ssf", "ssf(init='paper')"],
+    "weightnorm": ["weightnorm", "weightnorm(trained='g')", "weightnorm(trained='v')"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "houlsby": ["houlsby(r=3, init='near')"],
     "pfeiffer": ["pfeiffer(r=3)"],

@@ -79,8 +79,15 @@ def ssf(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return g["gamma"].diag() @ W, None if b is None else g["gamma"] * b + g["beta"]
 
 
+def weightnorm(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """g ⊙ V/‖V‖ row by row; what is not trained is as it was in W."""
+    V = g.tensors.get("v", W)
+    lengths = g.tensors.get("g", W.square().sum(1).sqrt())
+    return torch.stack([c * v / v.square().sum().sqrt() for c, v in zip(lengths, V, strict=True)]), b
+
+
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
-    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "ssf": ssf,
+    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "ssf": ssf, "weightnorm": weightnorm,
 }  # fmt: skip
 
 

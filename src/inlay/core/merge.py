@@ -11,7 +11,7 @@ from inlay.core.adapter import activate, attached, check_stack
 from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
 from inlay.core.method import ParameterMethod
-from inlay.core.mount import Level, Mount, acts_on_output, has_closed_form, kept, reads_formed
+from inlay.core.mount import Level, Mount, applies_matrix, has_closed_form, kept
 from inlay.core.quantised import dense, is_quantised, plain
 from inlay.core.sites import ConvHost, EmbeddingHost, NormHost, QuantisedHost, host_of
 
@@ -168,7 +168,7 @@ def merged_tensors(mount: Mount, levels: list[Level]) -> dict[str, Tensor]:
 def probe(mount: Mount) -> Tensor | None:
     """The module's output on a fixed random input; None where its forward does not apply its tensors by itself."""
     levels = [lv for stack in mount.levels.values() for lv in stack]
-    levels = [lv for lv in levels if acts_on_output(lv) or reads_formed(lv)]
+    levels = [lv for lv in levels if applies_matrix(lv)]
     if not levels or mount.owner is not mount.module:
         return None
     site, module = levels[0].site, mount.module

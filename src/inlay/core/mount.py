@@ -331,16 +331,21 @@ def fold_experts(t: Tensor, levels: list[Level]) -> Tensor:
 
 def acts_on_output(level: Level) -> bool:
     """Whether a level acts through its module's output rather than through the tensor the module reads."""
-    method, host = level.method, level.site.host
-    if not isinstance(method, WeightMethod):
-        return isinstance(method, HiddenMethod)
-    return host is not None and host.hooked and not reads_formed(level)
+    if isinstance(level.method, HiddenMethod):
+        return True
+    return applies_matrix(level) and not reads_formed(level)
+
+
+def applies_matrix(level: Level) -> bool:
+    """Whether the module's own forward applies the matrix that a level adapts."""
+    host = level.site.host
+    return isinstance(level.method, WeightMethod) and host is not None and host.hooked
 
 
 def reads_formed(level: Level) -> bool:
-    """Whether the module reads W′ of a level it could also act beside; quantised layers read their own storage."""
+    """Whether such a module reads W′ in the place of W; quantised layers read their own storage."""
     formed = isinstance(level.method, WeightMethod) and level.method.formed()
-    return formed and not isinstance(level.site.host, QuantisedHost)
+    return formed and applies_matrix(level) and not isinstance(level.site.host, QuantisedHost)
 
 
 def kept(level: Level) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ class SSF(WeightMethod):
     kind: ClassVar[str] = "hidden"
     paper: ClassVar[str] = "Lian et al. 2022, arXiv 2210.08823"
     where: ClassVar[tuple[str, ...]] = ("",)
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 5e-3
     everywhere: ClassVar[bool] = True
 
     init: Literal["base", "paper"] = option(default="base", doc="base: γ = 1, β = 0; paper: normal, deviation 0.02")
