@@ -29,6 +29,12 @@ SETTINGS: dict[str, list[str]] = {
     "dora": ["dora(of=lora(r=2))", "dora(of=vera(r=5, d_initial=0.5))", "dora(of=lora(r=2, bias=true))"],
     "ssf": ["ssf", "ssf(init='paper')"],
     "weightnorm": ["weightnorm", "weightnorm(trained='g')", "weightnorm(trained='v')"],
+    "oft": [
+        "oft(block_size=4)",
+        "oft(block_size=2, shared=true, neumann=5)",
+        "oft(block_size=3, constrained=true, epsilon=0.5)",
+        "oft(block_size=4, dropout=0.5)",
+    ],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "houlsby": ["houlsby(r=3, init='near')"],
     "pfeiffer": ["pfeiffer(r=3)"],

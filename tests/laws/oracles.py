@@ -40,6 +40,7 @@ def given(method: Method, shared: dict[str, Tensor]) -> Given:
     if "feedforward" in options:  # which of IA3's two equations holds is a matter of where it sits
         options["on_input"] = any(path.endswith(n) or name.endswith(n) for n in options["feedforward"])
     options["channels"] = isinstance(method.site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    options["embedding"] = isinstance(method.site.module, nn.Embedding)
     of = options.get("of")
     wide = {n: t.double() for n, t in shared.items()}
     return Given(method.name(), options, own, wide, None if of is None else given(of, shared))
@@ -86,8 +87,42 @@ def weightnorm(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return torch.stack([c * v / v.square().sum().sqrt() for c, v in zip(lengths, V, strict=True)]), b
 
 
+def skewed(values: Tensor, b: int) -> Tensor:
+    """A skew-symmetric matrix entry by entry, from those above its diagonal."""
+    S, entries = torch.zeros(b, b, dtype=torch.float64), iter(values)
+    for i in range(b):
+        for j in range(i + 1, b):
+            S[i, j] = next(entries)
+            S[j, i] = -S[i, j]
+    return S
+
+
+def cayley(S: Tensor, terms: int = 0) -> Tensor:
+    """(I + S)(I − S)⁻¹, or with Σ Sⁱ up to Sᵏ⁻² in the place of the inverse."""
+    one = torch.eye(len(S), dtype=torch.float64)
+    inverse = torch.linalg.inv(one - S)
+    if terms:
+        inverse = torch.stack([torch.linalg.matrix_power(S, i) for i in range(terms - 1)]).sum(0)
+    return (one + S) @ inverse
+
+
+def oft(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W Rᵀ with R block-diagonal; an embedding's vectors, the columns of W, are turned instead: R⁻¹ W."""
+    values, o = g["S"], g.options
+    size = round((1 + (1 + 8 * values.shape[1]) ** 0.5) / 2)
+    d = W.shape[0] if g.options["embedding"] else W.shape[1]
+    blocks = []
+    for i in range(d // size):
+        S = skewed(values[0 if o["shared"] else i], size)
+        if o["constrained"]:
+            S = S * min(1.0, o["epsilon"] / len(values) ** 0.5 / float(S.square().sum().sqrt()))
+        blocks.append(cayley(S, o["neumann"]))
+    R = torch.block_diag(*blocks)
+    return (R.T @ W, b) if g.options["embedding"] else (W @ R.T, b)
+
+
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
-    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "ssf": ssf, "weightnorm": weightnorm,
+    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "ssf": ssf, "weightnorm": weightnorm, "oft": oft,
 }  # fmt: skip
 
 

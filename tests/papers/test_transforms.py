@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
+import peft
 import pytest
 import torch
 from torch import nn
 
 import inlay
 from inlay.core.method import Method
-from inlay.methods import SSF
+from inlay.methods import OFT, SSF, WeightNorm
 from inlay.plan import plan
 from laws import nets
 from laws.cases import stir
@@ -18,6 +21,10 @@ Q_V = ["attn.q", "attn.v"]
 COUNTS = [
     # architecture, method, where, adapter parameters
     ("vit-base", "ssf", None, 205_824),
+    ("roberta-base", "weightnorm", Q_V, 24 * (768 * 768 + 768)),
+    ("roberta-base", "weightnorm(trained='g')", Q_V, 24 * 768),
+    ("llama-7b", "oft(block_size=32)", Q_V, 64 * 63_488),  # d_in (b − 1)/2 a matrix
+    ("llama-7b", "oft(block_size=32, shared=true)", Q_V, 64 * 496),
 ]
 
 
@@ -35,7 +42,7 @@ def attached(model: nn.Module, method: Method, *where: str) -> inlay.Adapter:
 
 WORDS = {"input_ids": torch.randint(3, 32, (4, 6), generator=torch.Generator().manual_seed(0))}
 BASES = {
-    "linear": (nets.Residual, {"x": torch.randn(4, 3, 8)}, 7),  # up, down, out and their norm: LayerNorm
+    "linear": (nets.Residual, {"x": torch.randn(4, 3, 8)}, 7),  # norm, up, down and out, which has no bias
     "batchnorm": (nets.normalised, {"x": torch.randn(4, 3, 6, 5)}, 4),
     "llama": (nets.llama, WORDS, 2 * 9 + 1),  # RMSNorm and linear layers without bias
     "gemma": (nets.gemma, WORDS, None),  # RMSNorm with 1 + γ
@@ -66,3 +73,129 @@ def test_ssf_follows_every_operation_and_folds_into_it(base: str) -> None:
     adapter.unmerge()
     inlay.detach(model)
     assert torch.equal(plain, output(model.requires_grad_(False), inputs))
+
+
+# ---------------------------------------------------------------------- weight normalisation
+def test_weight_normalisation_folds_back_and_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(3, 6)
+    W = model[0].weight.detach().clone()
+    theirs = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+    adapter = inlay.adapt(model, WeightNorm(), "0")
+    torch.testing.assert_close(model[0].weight, W, atol=1e-6, rtol=1e-6)
+    stir(adapter)
+    built = adapter.levels[0].method
+    theirs.parametrizations.weight.original0.data.copy_(built.g.detach()[:, None])
+    theirs.parametrizations.weight.original1.data.copy_(built.v.detach())
+    theirs.bias.data.copy_(model[0]._parameters["bias"].detach())
+    for y in (model(x), theirs(x)):
+        y.square().sum().backward()
+    close(theirs(x), model(x), 1e-6, "outputs")
+    close(theirs.parametrizations.weight.original0.grad[:, 0], built.g.grad, 1e-5, "gradients of g")
+    close(theirs.parametrizations.weight.original1.grad, built.v.grad, 1e-5, "gradients of V")
+
+
+# ---------------------------------------------------------------------- PEFT 0.21.2
+class Layers(nn.Module):
+    """One layer of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table, self.conv = nn.Linear(16, 12), nn.Embedding(11, 16), nn.Conv2d(4, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def pair(config: peft.PeftConfig, method: Method, layer: str) -> tuple[nn.Module, nn.Module, Method]:
+    """PEFT's layer with its trained tensors moved from their start, ours on the same base, and our built method."""
+    torch.manual_seed(0)
+    base = Layers().eval()
+    ours = Layers().eval()
+    ours.load_state_dict(base.state_dict())
+    config.target_modules = [layer]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base, config).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn_like(p)
+    built = inlay.adapt(ours, method, layer).levels[0].method
+    theirs = model.base_model.model.get_submodule(layer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in built.parameters()) == sum(p.numel() for p in trained)
+    return theirs, ours, built
+
+
+def same_layer(theirs: nn.Module, ours: nn.Module, layer: str, tolerance: float = 1e-5) -> None:
+    """Outputs, gradients of the input, and merged tensors."""
+    torch.manual_seed(1)
+    shapes = {"linear": (3, 16), "conv": (2, 4, 7, 7), "table": ()}
+    x = torch.randn(shapes[layer], requires_grad=True) if layer != "table" else torch.randint(11, (2, 5))
+    mine = ours.get_submodule(layer)
+    if layer != "conv":  # PEFT's unmerged OFT rotates overlapping patches of a map and sums them: not its merged W
+        a, b = theirs(x), mine(x)
+        close(a, b, tolerance, "outputs")
+        if x.requires_grad:
+            found = [torch.autograd.grad(y.square().sum(), x)[0] for y in (a, b)]
+            close(found[0], found[1], tolerance, "gradients")
+    with torch.no_grad():
+        theirs.merge()
+        W = theirs.get_base_layer().weight
+        close(W, mine.weight, tolerance, "W′")
+        bias = getattr(theirs.get_base_layer(), "bias", None)
+        if bias is not None:
+            close(bias, mine.bias, tolerance, "b′")
+
+
+OFTS = {
+    "exact": ({"use_cayley_neumann": False}, {}, -1),  # PEFT's exact map is (I − S)(I + S)⁻¹
+    "neumann": ({}, {"neumann": 5}, 1),
+    "shared": ({"block_share": True, "use_cayley_neumann": False}, {"shared": True}, -1),
+    "constrained": ({"coft": True, "eps": 0.3}, {"constrained": True, "epsilon": 0.3, "neumann": 5}, 1),
+}
+
+
+@pytest.mark.parametrize("layer", ["linear", "table", "conv"])
+@pytest.mark.parametrize("case", OFTS)
+def test_oft_is_that_of_peft(case: str, layer: str) -> None:
+    given, options, sign = OFTS[case]
+    theirs, ours, built = pair(peft.OFTConfig(oft_block_size=4, **given), OFT(block_size=4, **options), layer)
+    their = theirs.oft_embedding_R if layer == "table" else theirs.oft_R
+    built.S.data.copy_(sign * their["default"].weight.detach())
+    same_layer(theirs, ours, layer)
+
+
+@pytest.mark.parametrize(("d", "wanted", "used"), [(18, 4, 3), (147, 32, 21), (6, 4, 3), (16, 4, 4), (20, 3, 2)])
+def test_block_sizes_that_do_not_divide_are_those_of_peft(d: int, wanted: int, used: int) -> None:
+    from peft.tuners.oft.layer import OFTLayer
+
+    adapter = inlay.adapt(nn.Sequential(nn.Linear(d, 2)), OFT(block_size=wanted), "0")
+    assert adapter.levels[0].method.b == used
+    if d % wanted:
+        assert OFTLayer.adjust_oft_parameters(None, d, wanted) == used
+
+
+@pytest.mark.parametrize("options", [{}, {"shared": True}, {"constrained": True, "epsilon": 0.5}])
+def test_rotations_keep_lengths_and_angles_of_neurons(options: dict) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 6)).double()
+    W = model[0].weight.detach().clone()
+    adapter = inlay.adapt(model, OFT(block_size=4, **options), "0", dtype=torch.float64)
+    stir(adapter)
+    turned, R = model[0].weight, adapter.levels[0].method.rotation().of(torch.eye(16, dtype=torch.float64))
+    torch.testing.assert_close(R @ R.T, torch.eye(16, dtype=torch.float64))
+    assert torch.linalg.det(R) > 0
+    assert gap(W, turned) > 1e-2
+    torch.testing.assert_close(turned @ turned.T, W @ W.T)
+
+
+def test_coft_stays_near_and_neumann_nearly_orthogonal() -> None:
+    adapter = inlay.adapt(nn.Sequential(nn.Linear(16, 6)), OFT(block_size=4, constrained=True, epsilon=0.02), "0")
+    stir(adapter)
+    R = adapter.levels[0].method.rotation().of(torch.eye(16))
+    assert 0.01 < (R - torch.eye(16)).norm() < 2 * 0.02 * 1.01  # 4 blocks of radius ε/2 in S, twice that in R
+    near = inlay.adapt(nn.Sequential(nn.Linear(16, 6)), OFT(block_size=4, neumann=5), "0")
+    stir(near, by=0.05)
+    R = near.levels[0].method.rotation().of(torch.eye(16))
+    assert 1e-8 < gap(torch.eye(16), R @ R.T) < 1e-3

@@ -16,10 +16,11 @@ from inlay.methods.weight.full import Full
 from inlay.methods.weight.ia3 import IA3
 from inlay.methods.weight.lora import LoRA
 from inlay.methods.weight.normtuning import NormTuning
+from inlay.methods.weight.oft import OFT
 from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "IA3", "SSF", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA", "LoReFT",
+    "IA3", "OFT", "SSF", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA", "LoReFT",
     "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "VeRA", "WeightNorm",
 ]  # fmt: skip
