@@ -35,6 +35,8 @@ SETTINGS: dict[str, list[str]] = {
         "oft(block_size=3, constrained=true, epsilon=0.5)",
         "oft(block_size=4, dropout=0.5)",
     ],
+    "boft": ["boft(block_size=2)", "boft(block_size=3, factors=1, scale=false)", "boft(block_size=2, dropout=0.5)"],
+    "road": ["road", "road(variant=2)", "road(variant=4)"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "houlsby": ["houlsby(r=3, init='near')"],
     "pfeiffer": ["pfeiffer(r=3)"],

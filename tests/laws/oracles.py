@@ -121,8 +121,48 @@ def oft(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return (R.T @ W, b) if g.options["embedding"] else (W @ R.T, b)
 
 
+def boft(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """diag(s) W Rᵀ, R the product of all butterfly factors as full matrices, built from explicit permutations."""
+    m, D, entries = g["S"].shape
+    size = round((1 + (1 + 8 * entries) ** 0.5) / 2)
+    d, R = D * size, torch.eye(D * size, dtype=torch.float64)
+    for i in range(m):
+        P = torch.zeros(d, d, dtype=torch.float64)
+        run, half = size * 2**i, size // 2
+        for row in range(d):
+            j = row % run
+            if i == 0:
+                source = j
+            else:
+                number, rest = divmod(j, half)
+                evens = 2**i  # of the 2^(i+1) half blocks in a run
+                before = 2 * number if number < evens else 2 * (number - evens) + 1
+                source = before * half + rest
+            P[row, row - j + source] = 1
+        blocks = torch.block_diag(*(cayley(skewed(g["S"][i, k], size)) for k in range(D)))
+        R = P @ blocks @ P.T @ R
+    s = g.tensors.get("s", torch.ones(W.shape[0], dtype=torch.float64)).diag()
+    return (s @ R.T @ W, b) if g.options["embedding"] else (s @ W @ R.T, b)
+
+
+def road(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """R W and R b, R written entry by entry."""
+    d, half, variant = W.shape[0], g.options["group"] // 2, g.options["variant"]
+    theta, alpha, R, pair = g["theta"], g["alpha"], torch.eye(d, dtype=torch.float64), 0
+    for start in range(0, d - 2 * half + 1, 2 * half):
+        for i in range(start, start + half):
+            j = i + half
+            on = {1: (pair, pair), 2: (i, j), 4: ((0, i), (0, j))}[variant]
+            off = {1: (pair, pair), 2: (i, j), 4: ((1, i), (1, j))}[variant]
+            R[i, i], R[j, j] = (alpha[k] * theta[k].cos() for k in on)
+            R[i, j], R[j, i] = -alpha[off[0]] * theta[off[0]].sin(), alpha[off[1]] * theta[off[1]].sin()
+            pair += 1
+    return R @ W, None if b is None else R @ b
+
+
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
-    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "ssf": ssf, "weightnorm": weightnorm, "oft": oft,
+    "lora": lora, "vera": vera, "dora": dora, "ia3": ia3,
+    "ssf": ssf, "weightnorm": weightnorm, "oft": oft, "boft": boft, "road": road,
 }  # fmt: skip
 
 

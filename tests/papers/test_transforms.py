@@ -7,11 +7,12 @@ import warnings
 import peft
 import pytest
 import torch
+from peft.tuners.oft.layer import OFTLayer
 from torch import nn
 
 import inlay
 from inlay.core.method import Method
-from inlay.methods import OFT, SSF, WeightNorm
+from inlay.methods import BOFT, OFT, SSF, WeightNorm
 from inlay.plan import plan
 from laws import nets
 from laws.cases import stir
@@ -24,8 +25,10 @@ COUNTS = [
     ("roberta-base", "weightnorm", Q_V, 24 * (768 * 768 + 768)),
     ("roberta-base", "weightnorm(trained='g')", Q_V, 24 * 768),
     ("llama-7b", "oft(block_size=32)", Q_V, 64 * 63_488),  # d_in (b − 1)/2 a matrix
+    ("bert-base", "boft(block_size=8)", ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"],
+     12 * (5 * 768 + 3072) * 7 + 12 * (5 * 768 + 3072)),  # m d_in (b − 1)/2 rotations, d_out scales
     ("llama-7b", "oft(block_size=32, shared=true)", Q_V, 64 * 496),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arch", "method", "where", "count"), COUNTS)
@@ -123,7 +126,8 @@ def pair(config: peft.PeftConfig, method: Method, layer: str) -> tuple[nn.Module
     built = inlay.adapt(ours, method, layer).levels[0].method
     theirs = model.base_model.model.get_submodule(layer)
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in built.parameters()) == sum(p.numel() for p in trained)
+    if not isinstance(built, BOFT):  # of which PEFT trains b² numbers for every b(b − 1)/2
+        assert sum(p.numel() for p in built.parameters()) == sum(p.numel() for p in trained)
     return theirs, ours, built
 
 
@@ -133,7 +137,7 @@ def same_layer(theirs: nn.Module, ours: nn.Module, layer: str, tolerance: float 
     shapes = {"linear": (3, 16), "conv": (2, 4, 7, 7), "table": ()}
     x = torch.randn(shapes[layer], requires_grad=True) if layer != "table" else torch.randint(11, (2, 5))
     mine = ours.get_submodule(layer)
-    if layer != "conv":  # PEFT's unmerged OFT rotates overlapping patches of a map and sums them: not its merged W
+    if layer != "conv" or not isinstance(theirs, OFTLayer):  # which rotates patches and sums them: not its merged W
         a, b = theirs(x), mine(x)
         close(a, b, tolerance, "outputs")
         if x.requires_grad:
@@ -166,22 +170,64 @@ def test_oft_is_that_of_peft(case: str, layer: str) -> None:
     same_layer(theirs, ours, layer)
 
 
+class Extension:
+    """What PEFT's CUDA extension computes: the block-diagonal matrices (m, d, d) of blocks (m, D, b, b), and back."""
+
+    def forward(self, blocks: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+    def backward(self, grad: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
+        b = blocks.shape[-1]
+        parts = [grad[:, i * b : (i + 1) * b, i * b : (i + 1) * b] for i in range(blocks.shape[1])]
+        return [torch.stack(parts, 1)]
+
+
+BOFTS = [("linear", 1, 4), ("linear", 2, 4), ("linear", 2, 2), ("linear", 3, 2), ("linear", 4, 2), ("conv", 1, 4),
+         ("conv", 2, 6), ("conv", 2, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "factors", "b"), BOFTS)
+def test_boft_is_that_of_peft(layer: str, factors: int, b: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if factors > 1:
+        monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", Extension)
+    config = peft.BOFTConfig(boft_block_size=b, boft_n_butterfly_factor=factors)
+    theirs, ours, built = pair(config, BOFT(block_size=b, factors=factors), layer)
+    Q = theirs.boft_R["default"].detach()
+    assert Q.shape[0] == factors
+    rows, cols = torch.triu_indices(b, b, 1)
+    built.S.data.copy_((0.5 * (Q.mT - Q))[..., rows, cols])
+    built.s.data.copy_(theirs.boft_s["default"].detach().flatten())
+    same_layer(theirs, ours, layer)
+
+
+def test_two_small_factors_rotate_more_than_one_block() -> None:
+    for factors, reach in ((1, 2), (2, 4), (3, 8), (4, 16)):
+        adapter = inlay.adapt(nn.Sequential(nn.Linear(16, 3)), BOFT(block_size=2, factors=factors), "0")
+        stir(adapter)
+        R = adapter.levels[0].method.rotation().of(torch.eye(16))
+        assert R.ne(0).sum(0).eq(reach).all(), f"{factors} factors of 2 × 2 blocks"
+
+
 @pytest.mark.parametrize(("d", "wanted", "used"), [(18, 4, 3), (147, 32, 21), (6, 4, 3), (16, 4, 4), (20, 3, 2)])
 def test_block_sizes_that_do_not_divide_are_those_of_peft(d: int, wanted: int, used: int) -> None:
-    from peft.tuners.oft.layer import OFTLayer
-
     adapter = inlay.adapt(nn.Sequential(nn.Linear(d, 2)), OFT(block_size=wanted), "0")
     assert adapter.levels[0].method.b == used
     if d % wanted:
         assert OFTLayer.adjust_oft_parameters(None, d, wanted) == used
 
 
-@pytest.mark.parametrize("options", [{}, {"shared": True}, {"constrained": True, "epsilon": 0.5}])
-def test_rotations_keep_lengths_and_angles_of_neurons(options: dict) -> None:
+ROTATIONS = [
+    OFT(block_size=4), OFT(block_size=4, shared=True), OFT(block_size=4, constrained=True, epsilon=0.5),
+    BOFT(block_size=4, scale=False), BOFT(block_size=2, factors=4, scale=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ROTATIONS, ids=str)
+def test_rotations_keep_lengths_and_angles_of_neurons(method: Method) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 6)).double()
     W = model[0].weight.detach().clone()
-    adapter = inlay.adapt(model, OFT(block_size=4, **options), "0", dtype=torch.float64)
+    adapter = inlay.adapt(model, method, "0", dtype=torch.float64)
     stir(adapter)
     turned, R = model[0].weight, adapter.levels[0].method.rotation().of(torch.eye(16, dtype=torch.float64))
     torch.testing.assert_close(R @ R.T, torch.eye(16, dtype=torch.float64))

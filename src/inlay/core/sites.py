@@ -314,7 +314,7 @@ class Site:
 
     @property
     def current_bias(self) -> Tensor | None:
-        """The bias the running forward was computed with: a trained copy where there is one."""
+        """The bias in what this level is given: a trained copy where there is one, with the levels below applied."""
         if self.module._parameters.get(self.bias_name) is None:
             return None
         return self.bias_part(getattr(self.module, self.bias_name))
@@ -369,6 +369,11 @@ class Site:
     def kernel_area(self) -> int:
         """Taps of a convolution kernel, 1 elsewhere."""
         return prod(self.parameter.shape[2:]) if isinstance(self.host, ConvHost) else 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, whose outputs see different inputs and cannot be mixed; 1 elsewhere."""
+        return self.module.groups if isinstance(self.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
 
     @property
     def is_embedding(self) -> bool:

@@ -45,13 +45,13 @@ class Scale(Map):
 
 
 class Blocks(Map):
-    """P diag(B₁, …, B_n) Pᵀ, blocks (n, b, b); one block alone is used for every part. `order` is P as indices.
+    """P diag(B₁, …, B_n) Pᵀ, blocks (n, b, b); one block alone is used for every part.
 
-    Coordinate order[j] of x is the j-th that the blocks see; None for their own order.
+    `order` is Pᵀ as indices, and `back` those of P: the j-th coordinate that the blocks see is x[order[j]]. None: I.
     """
 
-    def __init__(self, blocks: Tensor, order: Tensor | None = None) -> None:
-        self.blocks, self.order = blocks, order
+    def __init__(self, blocks: Tensor, order: Tensor | None = None, back: Tensor | None = None) -> None:
+        self.blocks, self.order, self.back = blocks, order, back
 
     def of(self, x: Tensor) -> Tensor:
         B = self.blocks.to(x.dtype)
@@ -61,10 +61,10 @@ class Blocks(Map):
             out = (parts @ B[0].mT).flatten(-2)
         else:
             out = torch.einsum("...nj,nij->...ni", parts, B).flatten(-2)
-        return out if self.order is None else out[..., self.order.argsort()]
+        return out if self.back is None else out[..., self.back]
 
     def transposed(self) -> Map:
-        return Blocks(self.blocks.mT, self.order)
+        return Blocks(self.blocks.mT, self.order, self.back)
 
 
 class Reflections(Map):
@@ -86,13 +86,19 @@ class Reflections(Map):
 
 
 class Pairs(Map):
-    """2×2 blocks on coordinates i and i + g/2 of every group of g: x ⊙ c₁ + rot(x) ⊙ c₂, rot(x₁, x₂) = (−x₂, x₁)."""
+    """2×2 blocks on coordinates i and i + g/2 of every group of g: x ⊙ c₁ + rot(x) ⊙ c₂, rot(x₁, x₂) = (−x₂, x₁).
+
+    c₁ and c₂ are as long as the whole groups; coordinates after the last one stay as they are.
+    """
 
     def __init__(self, c1: Tensor, c2: Tensor, group: int) -> None:
         self.c1, self.c2, self.group = c1, c2, group
 
     def of(self, x: Tensor) -> Tensor:
-        return x * self.c1.to(x.dtype) + self.turned(x) * self.c2.to(x.dtype)
+        n = self.c1.shape[0]
+        head = x if n == x.shape[-1] else x[..., :n]
+        out = head * self.c1.to(x.dtype) + self.turned(head) * self.c2.to(x.dtype)
+        return out if head is x else torch.cat([out, x[..., n:]], -1)
 
     def turned(self, x: Tensor) -> Tensor:
         first, second = x.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2)

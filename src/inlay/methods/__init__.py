@@ -11,16 +11,19 @@ from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
 from inlay.methods.weight.bitfit import BitFit
+from inlay.methods.weight.boft import BOFT
 from inlay.methods.weight.dora import DoRA
 from inlay.methods.weight.full import Full
 from inlay.methods.weight.ia3 import IA3
 from inlay.methods.weight.lora import LoRA
 from inlay.methods.weight.normtuning import NormTuning
 from inlay.methods.weight.oft import OFT
+from inlay.methods.weight.road import RoAd
 from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "IA3", "OFT", "SSF", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA", "LoReFT",
-    "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "VeRA", "WeightNorm",
+    "BOFT", "IA3", "OFT", "SSF", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA",
+    "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "RoAd", "VeRA",
+    "WeightNorm",
 ]  # fmt: skip

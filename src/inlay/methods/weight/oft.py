@@ -29,7 +29,7 @@ class OFT(TransformMethod):
         "Qiu et al. 2023, arXiv 2306.07280 (Neumann series and rotated inputs: Qiu et al. 2025, arXiv 2506.19847)"
     )
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 5e-3
 
     block_size: int = option(default=32, doc="b; where it does not divide the width, the nearest size that does", low=2)
     shared: bool = option(default=False, doc="one R_i for all blocks")
