@@ -160,9 +160,46 @@ def road(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return R @ W, None if b is None else R @ b
 
 
+def plane(u: Tensor) -> Tensor:
+    """The projector u uᵀ/‖u‖² of each block, block-diagonal."""
+    return torch.block_diag(*(torch.outer(v, v) / v.square().sum() for v in u))
+
+
+def ether(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W H or H W with H = I − 2 u uᵀ/‖u‖² in blocks."""
+    H = torch.eye(g["u"].numel(), dtype=torch.float64) - 2 * plane(g["u"])
+    return (H @ W, b) if g.options["side"] == "output" or g.options["embedding"] else (W @ H, b)
+
+
+def etherplus(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """H₁ W H₂ with H = I − u uᵀ/‖u‖² + v vᵀ/‖v‖² in blocks."""
+    if "u_out" in g.tensors:
+        W = W - plane(g["u_out"]) @ W + plane(g["v_out"]) @ W
+    if "u_in" in g.tensors:
+        W = W - W @ plane(g["u_in"]) + W @ plane(g["v_in"])
+    return W, b
+
+
+def glora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + W ⊙ A + B and b + b ⊙ D + E + W C, every support tensor written out in full."""
+
+    def full(name: str, rows: int, columns: int) -> Tensor:
+        if f"{name}_d" in g.tensors:
+            return torch.einsum("ir,rj->ij", g[f"{name}_d"], g[f"{name}_u"])
+        return g.tensors.get(f"{name}_x", torch.zeros(1, 1, dtype=torch.float64)).expand(rows, columns)
+
+    d_out, d_in = W.shape
+    new = W * (1 + full("A", d_out, d_in)) + full("B", d_out, d_in)
+    if b is None:
+        return new, None
+    C, D, E = full("C", d_in, 1)[:, 0], full("D", d_out, 1)[:, 0], full("E", d_out, 1)[:, 0]
+    return new, b * (1 + D) + E + (W * C).sum(1)
+
+
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
     "lora": lora, "vera": vera, "dora": dora, "ia3": ia3,
     "ssf": ssf, "weightnorm": weightnorm, "oft": oft, "boft": boft, "road": road,
+    "ether": ether, "etherplus": etherplus, "glora": glora,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import inlay
 from inlay.core.method import Method
-from inlay.methods import BOFT, OFT, SSF, WeightNorm
+from inlay.methods import BOFT, ETHER, OFT, SSF, ETHERPlus, GLoRA, RoAd, WeightNorm
 from inlay.plan import plan
 from laws import nets
 from laws.cases import stir
@@ -28,6 +28,13 @@ COUNTS = [
     ("bert-base", "boft(block_size=8)", ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"],
      12 * (5 * 768 + 3072) * 7 + 12 * (5 * 768 + 3072)),  # m d_in (b − 1)/2 rotations, d_out scales
     ("llama-7b", "oft(block_size=32, shared=true)", Q_V, 64 * 496),
+    ("llama-7b", "road", ["all-linear"], 1_359_872),  # printed as 0.02 %
+    ("llama-7b", "road(variant=2)", ["all-linear"], 2 * 1_359_872),
+    ("llama-7b", "road(variant=4)", ["all-linear"], 4 * 1_359_872),
+    ("llama-7b", "ether", Q_V, 262_144),  # 0.26M
+    ("llama-7b", "etherplus(blocks=32)", Q_V, 1_048_576),  # 1.04M
+    ("llama-7b", "etherplus(side='input')", Q_V, 524_288),
+    ("roberta-base", "glora(r=4)", Q_V, 24 * (2 * 4 * 1536 + 4 * 769 + 2 * 768)),
 ]  # fmt: skip
 
 
@@ -208,6 +215,34 @@ def test_two_small_factors_rotate_more_than_one_block() -> None:
         assert R.ne(0).sum(0).eq(reach).all(), f"{factors} factors of 2 × 2 blocks"
 
 
+@pytest.mark.parametrize("group", [4, 2, 12])
+@pytest.mark.parametrize("variant", [1, 2, 4])
+def test_road_is_that_of_peft(variant: int, group: int) -> None:
+    config = peft.RoadConfig(variant=f"road_{variant}", group_size=group)
+    theirs, ours, built = pair(config, RoAd(variant=variant, group=group), "linear")
+    for mine, their in ((built.theta, theirs.road_theta), (built.alpha, theirs.road_alpha)):
+        values = their["default"].detach()
+        if variant == 4:  # PEFT has the two sets of every group together
+            values = values.view(-1, 2, group).transpose(0, 1).reshape(2, -1)
+        mine.data.copy_(values)
+    same_layer(theirs, ours, "linear")
+
+
+@pytest.mark.parametrize("A_B", ["lora", "vector", "constant", "none"])
+@pytest.mark.parametrize("C", ["lora", "vector", "none"])
+@pytest.mark.parametrize("D_E", ["vector", "constant", "none"])
+def test_glora_is_that_of_peft(A_B: str, C: str, D_E: str) -> None:
+    if (A_B, C, D_E) == ("none",) * 3:
+        return  # nothing to train, which PEFT allows
+    config = peft.GloraConfig(r=3, config_A_B=A_B, config_C=C, config_D_E=D_E)
+    theirs, ours, built = pair(config, GLoRA(r=3, A=A_B, B=A_B, C=C, D=D_E, E=D_E), "linear")
+    for name in "ABCDE":
+        for part, their in getattr(theirs, f"glora_{name}")["default"].named_parameters():
+            mine = built.get_parameter(f"{name}_" + {"Xd": "d", "Xu": "u", "X": "x"}[part])
+            mine.data.copy_(their.detach().view(mine.shape))
+    same_layer(theirs, ours, "linear")
+
+
 @pytest.mark.parametrize(("d", "wanted", "used"), [(18, 4, 3), (147, 32, 21), (6, 4, 3), (16, 4, 4), (20, 3, 2)])
 def test_block_sizes_that_do_not_divide_are_those_of_peft(d: int, wanted: int, used: int) -> None:
     adapter = inlay.adapt(nn.Sequential(nn.Linear(d, 2)), OFT(block_size=wanted), "0")
@@ -218,7 +253,7 @@ def test_block_sizes_that_do_not_divide_are_those_of_peft(d: int, wanted: int, u
 
 ROTATIONS = [
     OFT(block_size=4), OFT(block_size=4, shared=True), OFT(block_size=4, constrained=True, epsilon=0.5),
-    BOFT(block_size=4, scale=False), BOFT(block_size=2, factors=4, scale=False),
+    BOFT(block_size=4, scale=False), BOFT(block_size=2, factors=4, scale=False), ETHER(blocks=2),
 ]  # fmt: skip
 
 
@@ -229,9 +264,9 @@ def test_rotations_keep_lengths_and_angles_of_neurons(method: Method) -> None:
     W = model[0].weight.detach().clone()
     adapter = inlay.adapt(model, method, "0", dtype=torch.float64)
     stir(adapter)
-    turned, R = model[0].weight, adapter.levels[0].method.rotation().of(torch.eye(16, dtype=torch.float64))
+    turned, R = model[0].weight, adapter.levels[0].method.right().of(torch.eye(16, dtype=torch.float64)).T
     torch.testing.assert_close(R @ R.T, torch.eye(16, dtype=torch.float64))
-    assert torch.linalg.det(R) > 0
+    assert torch.linalg.det(R) > 0  # two reflections make a rotation
     assert gap(W, turned) > 1e-2
     torch.testing.assert_close(turned @ turned.T, W @ W.T)
 
@@ -245,3 +280,37 @@ def test_coft_stays_near_and_neumann_nearly_orthogonal() -> None:
     stir(near, by=0.05)
     R = near.levels[0].method.rotation().of(torch.eye(16))
     assert 1e-8 < gap(torch.eye(16), R @ R.T) < 1e-3
+
+
+# ---------------------------------------------------------------------- ETHER
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_reflections_undo_themselves_at_a_constant_distance_from_the_identity(blocks: int) -> None:
+    one = torch.eye(16)
+    for seed in range(3):
+        adapter = inlay.adapt(nn.Sequential(nn.Linear(16, 6)), ETHER(blocks=blocks), "0", seed=seed)
+        stir(adapter)
+        H = adapter.levels[0].method.right().of(one)
+        torch.testing.assert_close(H @ H, one)
+        torch.testing.assert_close((H - one).norm(), torch.tensor(2 * blocks**0.5))
+
+
+def test_etherplus_starts_at_the_identity_and_stays_within_twice_root_n() -> None:
+    adapter = inlay.adapt(nn.Sequential(nn.Linear(16, 6)), ETHERPlus(blocks=2), "0")
+    built, one = adapter.levels[0].method, torch.eye(16)
+    torch.testing.assert_close(built.right().of(one), one)
+    with torch.no_grad():
+        built.v_in.copy_(torch.randn_like(built.v_in))
+    H = built.right().of(one)
+    assert 0.1 < (H - one).norm() <= 2 * 2**0.5
+    torch.testing.assert_close(H, H.T)
+
+
+# ---------------------------------------------------------------------- RoAd
+def test_road_pairs_neighbours_by_default() -> None:
+    adapter = inlay.adapt(nn.Sequential(nn.Linear(3, 4)), RoAd(), "0")
+    built = adapter.levels[0].method
+    with torch.no_grad():
+        built.theta.copy_(torch.tensor([torch.pi / 2, 0.0]))
+        built.alpha.copy_(torch.tensor([2.0, 3.0]))
+    turned = built.left().of(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
+    torch.testing.assert_close(turned, torch.tensor([-20.0, 2.0, 300.0, 3000.0]))

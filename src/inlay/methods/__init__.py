@@ -13,7 +13,10 @@ from inlay.methods.tokens.prompttuning import PromptTuning
 from inlay.methods.weight.bitfit import BitFit
 from inlay.methods.weight.boft import BOFT
 from inlay.methods.weight.dora import DoRA
+from inlay.methods.weight.ether import ETHER
+from inlay.methods.weight.etherplus import ETHERPlus
 from inlay.methods.weight.full import Full
+from inlay.methods.weight.glora import GLoRA
 from inlay.methods.weight.ia3 import IA3
 from inlay.methods.weight.lora import LoRA
 from inlay.methods.weight.normtuning import NormTuning
@@ -23,7 +26,7 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "IA3", "OFT", "SSF", "BitFit", "DiReFT", "DoRA", "Full", "Houlsby", "LinAdapter", "LinearProbe", "LoRA",
-    "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning", "PromptTuning", "RoAd", "VeRA",
-    "WeightNorm",
+    "BOFT", "ETHER", "IA3", "OFT", "SSF", "BitFit", "DiReFT", "DoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby",
+    "LinAdapter", "LinearProbe", "LoRA", "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PrefixTuning",
+    "PromptTuning", "RoAd", "VeRA", "WeightNorm",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ class RoAd(TransformMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Liao & Monz 2024, arXiv 2409.00119"
     where: ClassVar[tuple[str, ...]] = ("all-linear",)
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 2e-2
     turns_bias: ClassVar[bool] = True
 
     variant: Literal[1, 2, 4] = option(default=1, doc="θ and α for each block: one, one a row, one an entry")

@@ -53,3 +53,14 @@ def resting(blocks: Tensor, share: float) -> Tensor:
     rests = torch.randperm(n, device=blocks.device) < int(share * n)
     one = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     return torch.where(rests[:, None, None], one, blocks)
+
+
+def parts(site: Site, d: int, wanted: int, groups: int = 1) -> int:
+    """How many parts of at least two features each d is cut into: the number nearest to the wanted one.
+
+    It is a multiple of `groups`, so that no part spans two groups of a convolution; SiteError if there is none.
+    """
+    numbers = [n for n in range(groups, d // 2 + 1, groups) if d % n == 0]
+    if not numbers:
+        raise SiteError(f"'{site.path}' has {d} features in {groups} groups, which leaves no two of them to mix")
+    return min(numbers, key=lambda n: (abs(n - wanted), n))
