@@ -26,7 +26,7 @@ class GLoRA(FormedMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Chavan et al. 2023, arXiv 2306.07967"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 5e-3
 
     r: int = option(default=4, doc="rank of what is of low rank", low=1)
     A: Literal["lora", "vector", "constant", "none"] = option(default="lora", doc="scale of the weight")
