@@ -45,6 +45,7 @@ def given(method: Method, shared: dict[str, Tensor]) -> Given:
     if "feedforward" in options:  # which of IA3's two equations holds is a matter of where it sits
         options["on_input"] = any(path.endswith(n) or name.endswith(n) for n in options["feedforward"])
     options["channels"] = isinstance(method.site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    options["embedding"] = isinstance(method.site.module, nn.Embedding)
     of = options.get("of")
     wide = {n: t.double() for n, t in shared.items()}
     frozen = {n: t.detach().double() for n, t in method.named_buffers() if not n.startswith("of.")}
@@ -224,11 +225,134 @@ def ia3(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return g["l"][:, None] * W, None if b is None else g["l"] * b
 
 
+def ssf(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """diag(γ) W and γ ⊙ b + β."""
+    return g["gamma"].diag() @ W, None if b is None else g["gamma"] * b + g["beta"]
+
+
+def weightnorm(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """g ⊙ V/‖V‖ row by row; what is not trained is as it was in W."""
+    V = g.tensors.get("v", W)
+    lengths = g.tensors.get("g", W.square().sum(1).sqrt())
+    return torch.stack([c * v / v.square().sum().sqrt() for c, v in zip(lengths, V, strict=True)]), b
+
+
+def skewed(values: Tensor, b: int) -> Tensor:
+    """A skew-symmetric matrix entry by entry, from those above its diagonal."""
+    S, entries = torch.zeros(b, b, dtype=torch.float64), iter(values)
+    for i in range(b):
+        for j in range(i + 1, b):
+            S[i, j] = next(entries)
+            S[j, i] = -S[i, j]
+    return S
+
+
+def cayley(S: Tensor, terms: int = 0) -> Tensor:
+    """(I + S)(I − S)⁻¹, or with Σ Sⁱ up to Sᵏ⁻² in the place of the inverse."""
+    one = torch.eye(len(S), dtype=torch.float64)
+    inverse = torch.linalg.inv(one - S)
+    if terms:
+        inverse = torch.stack([torch.linalg.matrix_power(S, i) for i in range(terms - 1)]).sum(0)
+    return (one + S) @ inverse
+
+
+def oft(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W Rᵀ with R block-diagonal; an embedding's vectors, the columns of W, are turned instead: R⁻¹ W."""
+    values, o = g["S"], g.options
+    size = round((1 + (1 + 8 * values.shape[1]) ** 0.5) / 2)
+    d = W.shape[0] if g.options["embedding"] else W.shape[1]
+    blocks = []
+    for i in range(d // size):
+        S = skewed(values[0 if o["shared"] else i], size)
+        if o["constrained"]:
+            S = S * min(1.0, o["epsilon"] / len(values) ** 0.5 / float(S.square().sum().sqrt()))
+        blocks.append(cayley(S, o["neumann"]))
+    R = torch.block_diag(*blocks)
+    return (R.T @ W, b) if g.options["embedding"] else (W @ R.T, b)
+
+
+def boft(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """diag(s) W Rᵀ, R the product of all butterfly factors as full matrices, built from explicit permutations."""
+    m, D, entries = g["S"].shape
+    size = round((1 + (1 + 8 * entries) ** 0.5) / 2)
+    d, R = D * size, torch.eye(D * size, dtype=torch.float64)
+    for i in range(m):
+        P = torch.zeros(d, d, dtype=torch.float64)
+        run, half = size * 2**i, size // 2
+        for row in range(d):
+            j = row % run
+            if i == 0:
+                source = j
+            else:
+                number, rest = divmod(j, half)
+                evens = 2**i  # of the 2^(i+1) half blocks in a run
+                before = 2 * number if number < evens else 2 * (number - evens) + 1
+                source = before * half + rest
+            P[row, row - j + source] = 1
+        blocks = torch.block_diag(*(cayley(skewed(g["S"][i, k], size)) for k in range(D)))
+        R = P @ blocks @ P.T @ R
+    s = g.tensors.get("s", torch.ones(W.shape[0], dtype=torch.float64)).diag()
+    return (s @ R.T @ W, b) if g.options["embedding"] else (s @ W @ R.T, b)
+
+
+def road(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """R W and R b, R written entry by entry."""
+    d, half, variant = W.shape[0], g.options["group"] // 2, g.options["variant"]
+    theta, alpha, R, pair = g["theta"], g["alpha"], torch.eye(d, dtype=torch.float64), 0
+    for start in range(0, d - 2 * half + 1, 2 * half):
+        for i in range(start, start + half):
+            j = i + half
+            on = {1: (pair, pair), 2: (i, j), 4: ((0, i), (0, j))}[variant]
+            off = {1: (pair, pair), 2: (i, j), 4: ((1, i), (1, j))}[variant]
+            R[i, i], R[j, j] = (alpha[k] * theta[k].cos() for k in on)
+            R[i, j], R[j, i] = -alpha[off[0]] * theta[off[0]].sin(), alpha[off[1]] * theta[off[1]].sin()
+            pair += 1
+    return R @ W, None if b is None else R @ b
+
+
+def plane(u: Tensor) -> Tensor:
+    """The projector u uᵀ/‖u‖² of each block, block-diagonal."""
+    return torch.block_diag(*(torch.outer(v, v) / v.square().sum() for v in u))
+
+
+def ether(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W H or H W with H = I − 2 u uᵀ/‖u‖² in blocks."""
+    H = torch.eye(g["u"].numel(), dtype=torch.float64) - 2 * plane(g["u"])
+    return (H @ W, b) if g.options["side"] == "output" or g.options["embedding"] else (W @ H, b)
+
+
+def etherplus(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """H₁ W H₂ with H = I − u uᵀ/‖u‖² + v vᵀ/‖v‖² in blocks."""
+    if "u_out" in g.tensors:
+        W = W - plane(g["u_out"]) @ W + plane(g["v_out"]) @ W
+    if "u_in" in g.tensors:
+        W = W - W @ plane(g["u_in"]) + W @ plane(g["v_in"])
+    return W, b
+
+
+def glora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + W ⊙ A + B and b + b ⊙ D + E + W C, every support tensor written out in full."""
+
+    def full(name: str, rows: int, columns: int) -> Tensor:
+        if f"{name}_d" in g.tensors:
+            return torch.einsum("ir,rj->ij", g[f"{name}_d"], g[f"{name}_u"])
+        return g.tensors.get(f"{name}_x", torch.zeros(1, 1, dtype=torch.float64)).expand(rows, columns)
+
+    d_out, d_in = W.shape
+    new = W * (1 + full("A", d_out, d_in)) + full("B", d_out, d_in)
+    if b is None:
+        return new, None
+    C, D, E = full("C", d_in, 1)[:, 0], full("D", d_out, 1)[:, 0], full("E", d_out, 1)[:, 0]
+    return new, b * (1 + D) + E + (W * C).sum(1)
+
+
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
     "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "lorafa": lorafa, "loha": loha, "lokr": lokr, "krona": krona,
     "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "diablo": diablo,
     "kradapter": kradapter,
     "dylora": dylora, "adalora": adalora, "deltalora": deltalora, "relora": relora,
+    "ssf": ssf, "weightnorm": weightnorm, "oft": oft, "boft": boft, "road": road,
+    "ether": ether, "etherplus": etherplus, "glora": glora,
 }  # fmt: skip
 
 

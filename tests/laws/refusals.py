@@ -20,18 +20,29 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ("ParallelAdapter", TABLES, "needs vectors at 'table', which reads ids"),
     ("KronAB", MAPS, "needs vectors at 'conv', which reads a map"),
     ("KronAB", TABLES, "needs vectors at 'table', which reads ids"),
+    # widths that m butterfly factors cannot be cut for
+    (
+        "BOFT(block_size=2",
+        MAPS - {"conv1d", "conv1d-same"} | TABLES | {"head-tied", "mha-split"},
+        r"features to rotate, which cannot be cut into a multiple of 2 blocks of even size",
+    ),
+    # what W of a grouped convolution cannot express
+    ("RoAd", {"conv1d-same", "conv2d-groups"}, "would mix the outputs of different groups of 'conv'"),
     # no seam in the base's own code where the method could enter
     ("PromptTuning", {"vit"}, "its forward has no `inputs_embeds`"),
     ("PrefixTuning", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
     # a stored number of few bits cannot be trained
     ("Full", PACKED, "which is quantised: leave it out with exclude="),
 ]
-"""Method (its label's beginning), benches, pattern of the reason."""
+"""Method (its name, or its label's beginning), benches, pattern of the reason."""
 
 
 def refused(case: Case) -> str | None:
     """A pattern of the reason if this method must refuse this bench, else None."""
     for method, benches, reason in REFUSALS:
-        if type(case.method).__name__ == method and case.bench.name in benches:
+        label = case.method.label()
+        if (
+            label.startswith(method) if "(" in method else type(case.method).__name__ == method
+        ) and case.bench.name in benches:
             return reason
     return None

@@ -181,7 +181,7 @@ def stand(levels: Sequence[Level], site: Site, method: Method) -> None:
             )
         if any(isinstance(lv.method, ParameterMethod) and lv.site.param == site.param for lv in below):
             raise ComposeError(f"two methods train their own copy of '{site.key}': keep one of them")
-    if isinstance(method, WeightMethod) and method.reads_weight and below:
+    if isinstance(method, WeightMethod) and (method.reads_weight or method.formed()) and below:
         raise ComposeError(
             f"{method.label()} reads W at '{site.path}', so it must come first there, "
             f"but {below[0].method.label()} already acts on it: list {method.label()} first, or compose it as `of=`"

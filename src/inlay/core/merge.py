@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from inlay.core.adapter import activate, attached, check_stack
 from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
-from inlay.core.mount import Level, Mount, acts_on_output, has_closed_form, kept
+from inlay.core.method import ParameterMethod
+from inlay.core.mount import Level, Mount, applies_matrix, has_closed_form, kept
 from inlay.core.quantised import dense, is_quantised, plain
 from inlay.core.sharded import is_spread
-from inlay.core.sites import ConvHost, EmbeddingHost, QuantisedHost, host_of
+from inlay.core.sites import ConvHost, EmbeddingHost, NormHost, QuantisedHost, host_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference between adapted and merged outputs, relative to the largest output."""
@@ -95,7 +96,7 @@ def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[M
             state.swapped[mount.path] = old_module
             move(model, mount, plain(old_module, tensors["weight"], bias))
             continue
-        only_copies = not any(acts_on_output(level) for level in stacks[mount])
+        only_copies = all(isinstance(level.method, ParameterMethod) for level in stacks[mount])
         for name, t in tensors.items():
             if name in mount.module._buffers:
                 state.merged[(mount.path, name)], mount.module._buffers[name] = mount.module._buffers[name], t
@@ -173,9 +174,10 @@ def merged_tensors(mount: Mount, levels: list[Level]) -> dict[str, Tensor]:
 def probe(mount: Mount) -> Tensor | None:
     """The module's output on a fixed random input; None where its forward does not apply its tensors by itself."""
     levels = [lv for stack in mount.levels.values() for lv in stack]
-    if not any(acts_on_output(level) for level in levels) or mount.owner is not mount.module:
+    levels = [lv for lv in levels if applies_matrix(lv)]
+    if not levels or mount.owner is not mount.module:
         return None
-    site, module = next(level.site for level in levels if acts_on_output(level)), mount.module
+    site, module = levels[0].site, mount.module
     generator = torch.Generator("cpu").manual_seed(0)
     p = site.weight if isinstance(site.host, QuantisedHost) else site.parameter
     if isinstance(site.host, EmbeddingHost):
@@ -186,6 +188,10 @@ def probe(mount: Mount) -> Tensor | None:
             2 * d * (k - 1) + s + 4 for k, d, s in zip(module.kernel_size, module.dilation, module.stride, strict=True)
         ]
         x = torch.randn(2, module.in_channels, *extent, generator=generator).to(p.device, p.dtype)
+    elif isinstance(site.host, NormHost):
+        x = torch.randn(8, p.numel(), *[3] * site.host.axes, generator=generator).to(p.device, p.dtype)
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            x = x.unsqueeze(-1) if isinstance(module, nn.BatchNorm2d) else x[..., None, None]
     else:
         assert site.host is not None
         x = torch.randn(8, site.host.to_matrix(p).shape[1], generator=generator).to(p.device, p.dtype)

@@ -215,6 +215,8 @@ class WeightMethod(Method):
     mergeable: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
     """Whether building or applying it looks at W: such a method must come first at its site."""
+    everywhere: ClassVar[bool] = False
+    """Whether a place means every operation inside it: linear layers, convolutions and normalisations too."""
 
     @abstractmethod
     def weight(self, W: Tensor) -> Tensor:
@@ -231,6 +233,13 @@ class WeightMethod(Method):
     def exact_now(self) -> bool:
         """Whether `weight` gives what the forward pass gives now (not while dropout is active)."""
         return True
+
+    def formed(self) -> bool:
+        """Whether at this site the module reads W′ in the place of W, for want of a cheaper exact form.
+
+        What acts on inputs and outputs acts above it, so such a method must come first at its site.
+        """
+        return False
 
 
 class DeltaMethod(WeightMethod):

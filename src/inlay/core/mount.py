@@ -56,8 +56,10 @@ class Frame:
     """Input of each level, where some act on inputs; else empty."""
     routed: dict[str, list[Tensor]] = field(default_factory=dict)
     """The same by adapter, for the rows that are routed to it."""
-    read: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+    read: dict[tuple[str, bool, int], Tensor] = field(default_factory=dict)
     """Closed forms read so far (with or without gradients): stacks of experts are read once per expert."""
+    below: list[Level] = field(default_factory=list)
+    """The levels under the one that acts on the output now, so that it can ask for the bias they give."""
 
 
 class Mount:
@@ -146,8 +148,10 @@ class Mount:
         y = first_output(output)
         for k, level in enumerate(levels):
             if acts_on_output(level):
-                below = frame.inputs and level.site.entry is None
-                y = by_rows(level, apply, frame.inputs[k] if below else self.input_of(level, args, kwargs), y)
+                own = frame.inputs and level.site.entry is None
+                frame.below = levels[:k]
+                y = by_rows(level, apply, frame.inputs[k] if own else self.input_of(level, args, kwargs), y)
+        frame.below = []
         return replace_first_output(output, y)
 
     def input_of(self, level: Level, args: tuple, kwargs: dict) -> Tensor:
@@ -210,9 +214,10 @@ class Mount:
         frame = self.frames[-1]
         if name in frame.formed:
             return frame.formed[name]
-        key = (name, torch.is_grad_enabled())
+        key = (name, torch.is_grad_enabled(), len(frame.below))
         if key not in frame.read:  # levels that act on outputs do so in `leave`
-            frame.read[key] = self.folded(name, [level for level in levels if not acts_on_output(level)])
+            acted = [level for level in frame.below if acts_on_output(level)]
+            frame.read[key] = self.folded(name, [level for level in levels if not acts_on_output(level)] + acted)
         return frame.read[key]
 
     def folded(self, name: str, levels: list[Level]) -> Tensor:
@@ -261,8 +266,10 @@ class Mount:
                 for k, level in enumerate(self.levels[name])
             ]
             with self.inlay.narrowed(rows):
-                for level, x in zip(self.levels[name], inputs, strict=True):
+                for k, (level, x) in enumerate(zip(self.levels[name], inputs, strict=True)):
+                    frame.below = self.levels[name][:k]
                     y = apply(level, x, y)
+            frame.below = []
             whole = first_output(output)
             output = replace_first_output(output, with_rows(whole, rows, y, whole.shape[0]))
         return output
@@ -333,7 +340,19 @@ def acts_on_output(level: Level) -> bool:
     """Whether a level acts through its module's output rather than through the tensor the module reads."""
     if isinstance(level.method, HiddenMethod):
         return True
-    return isinstance(level.method, WeightMethod) and level.site.host is not None and level.site.host.hooked
+    return applies_matrix(level) and not reads_formed(level)
+
+
+def applies_matrix(level: Level) -> bool:
+    """Whether the module's own forward applies the matrix that a level adapts."""
+    host = level.site.host
+    return isinstance(level.method, WeightMethod) and host is not None and host.hooked
+
+
+def reads_formed(level: Level) -> bool:
+    """Whether such a module reads W′ in the place of W; quantised layers read their own storage."""
+    formed = isinstance(level.method, WeightMethod) and level.method.formed()
+    return formed and applies_matrix(level) and not isinstance(level.site.host, QuantisedHost)
 
 
 def kept(level: Level) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from inlay.core.errors import SiteError
 from inlay.core.matrices import LowRank, Matrix
@@ -156,6 +157,30 @@ class EmbeddingHost(Host):
         raise SiteError("an embedding reads ids, there is no input vector to scale")
 
 
+class NormHost(Host):
+    """A normalisation with a gain per feature: W (d, 1) is the gain γ, or 1 + γ where the module computes so (Gemma).
+
+    Only methods that act row by row make sense of it; those say `everywhere`.
+    """
+
+    linear = False
+
+    def __init__(self, axes: int, plus: float = 0.0) -> None:
+        self.axes, self.plus = axes, plus  # axes that follow the features in an input: those of a map, or none
+
+    def to_matrix(self, p: Tensor) -> Tensor:
+        return (p if self.plus == 0.0 else p + self.plus)[:, None]
+
+    def from_matrix(self, W: Tensor, like: Tensor) -> Tensor:
+        return W[:, 0] - self.plus
+
+    def apply(self, module: nn.Module, delta: Matrix, x: Tensor) -> Tensor:
+        raise SiteError("a normalisation holds no matrix that could be added to: scale or shift its output")
+
+    def outward(self, v: Tensor, y: Tensor) -> Tensor:
+        return v.reshape(-1, *(1 for _ in range(y.dim() - 2))) if self.axes else v
+
+
 class StoredHost(LinearHost):
     """A matrix that no module forward applies by itself: `nn.MultiheadAttention` projections, experts' stacks.
 
@@ -182,6 +207,37 @@ def output_scale(module: nn.Embedding) -> float:
         if not torch.allclose(out, scale * row, rtol=1e-2):
             raise SiteError(f"{type(module).__name__} does more than look up and scale rows: it cannot be adapted")
     return scale
+
+
+def norm_host(module: nn.Module) -> NormHost | None:
+    """The host of a normalisation with a gain, None where the module is none that inlay can write in closed form."""
+    gain = module._parameters.get("weight")
+    if gain is None or gain.dim() != 1:
+        return None
+    if isinstance(module, _NormBase | nn.GroupNorm):
+        return NormHost(1)
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return NormHost(0)
+    if "norm" not in type(module).__name__.lower():
+        return None
+    return NormHost(0) if gain.is_meta else _root_mean_square(module, gain)
+
+
+def operation(module: nn.Module, parent: nn.Module | None = None) -> Host | None:
+    """The host of a layer that computes: linear, convolution, normalisation; no table, nothing that a parent reads."""
+    host = host_of(module, parent) or norm_host(module)
+    return None if host is None or not host.hooked or isinstance(host, EmbeddingHost) else host
+
+
+@torch.no_grad()
+def _root_mean_square(module: nn.Module, gain: Tensor) -> NormHost | None:
+    """transformers' own RMSNorm classes, told apart by calling them: x/rms(x) ⊙ γ, or ⊙ (1 + γ)."""
+    x = torch.linspace(-1, 2, gain.numel(), device=gain.device).to(gain.dtype)[None]
+    y, unit = type(module).forward(module, x).double(), x.double() / x.double().square().mean().sqrt()
+    for plus in (0.0, 1.0):
+        if torch.allclose(y, unit * (gain.double() + plus), rtol=2e-2, atol=2e-2):
+            return NormHost(0, plus)
+    return None
 
 
 @dataclass(eq=False)
@@ -260,7 +316,7 @@ class Site:
 
     @property
     def current_bias(self) -> Tensor | None:
-        """The bias the running forward was computed with: a trained copy where there is one."""
+        """The bias in what this level is given: a trained copy where there is one, with the levels below applied."""
         if self.module._parameters.get(self.bias_name) is None:
             return None
         return self.bias_part(getattr(self.module, self.bias_name))
@@ -315,6 +371,11 @@ class Site:
     def kernel_area(self) -> int:
         """Taps of a convolution kernel, 1 elsewhere."""
         return prod(self.parameter.shape[2:]) if isinstance(self.host, ConvHost) else 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, whose outputs see different inputs and cannot be mixed; 1 elsewhere."""
+        return self.module.groups if isinstance(self.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
 
     @property
     def is_embedding(self) -> bool:

@@ -15,7 +15,7 @@ from inlay.core.errors import SiteError, near
 from inlay.core.method import HiddenMethod, Method, ParameterMethod, TokenMethod, WeightMethod
 from inlay.core.quantised import is_quantised
 from inlay.core.rows import Rows, rows_of
-from inlay.core.sites import Host, LinearHost, QuantisedHost, Site, StoredHost, StoredTransposedHost, host_of
+from inlay.core.sites import Host, LinearHost, QuantisedHost, Site, StoredHost, StoredTransposedHost, host_of, operation
 from inlay.core.towers import token_sites
 
 if TYPE_CHECKING:
@@ -143,11 +143,27 @@ class Finder:
         if isinstance(method, ParameterMethod):
             yield from self._parameters(method, part)
         elif isinstance(method, WeightMethod):
-            yield from self._matrices(part)
+            inner = method.everywhere and part.rows is None and part.param == "weight"
+            yield from self._operations(part) if inner else self._matrices(part)
         elif isinstance(method, HiddenMethod):
             yield self._hidden(part)
         else:
             yield Site(part.path, self.modules[part.path], part.name, part.depth, key=part.path)
+
+    def _operations(self, part: Part) -> Iterator[Site]:
+        """Every linear layer, convolution and normalisation of a place; tables and a head if named."""
+        module, head = self.modules[part.path], self.anatomy.parts.get("head")
+        if isinstance(module, nn.MultiheadAttention) or host_of(module, self._parent(part.path)) is not None:
+            yield from self._matrices(part)
+            return
+        for path, inner in self.modules.items():
+            if not inside(path, part.path) or (head is not None and inside(path, head.path) and path != part.path):
+                continue
+            here, host = self._part(path), operation(inner, self._parent(path))
+            if isinstance(inner, nn.MultiheadAttention):
+                yield from self._attention(inner, here)
+            elif host is not None:
+                yield Site(path, inner, here.name, here.depth, host, key=path)
 
     def _matrices(self, part: Part) -> Iterator[Site]:
         module, rows = self.modules[part.path], rows_of(part.rows)

@@ -7,6 +7,7 @@ from inlay.methods.hidden.linadapter import LinAdapter
 from inlay.methods.hidden.loreft import LoReFT
 from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
+from inlay.methods.hidden.ssf import SSF
 from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
@@ -15,9 +16,13 @@ from inlay.methods.schedule.relora import ReLoRA
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
 from inlay.methods.weight.bitfit import BitFit
+from inlay.methods.weight.boft import BOFT
 from inlay.methods.weight.diablo import DiaBlo
 from inlay.methods.weight.dora import DoRA
+from inlay.methods.weight.ether import ETHER
+from inlay.methods.weight.etherplus import ETHERPlus
 from inlay.methods.weight.full import Full
+from inlay.methods.weight.glora import GLoRA
 from inlay.methods.weight.ia3 import IA3
 from inlay.methods.weight.kradapter import KRAdapter
 from inlay.methods.weight.krona import KronA
@@ -28,42 +33,17 @@ from inlay.methods.weight.lorafa import LoRAFA
 from inlay.methods.weight.loraxs import LoRAXS
 from inlay.methods.weight.nola import NOLA
 from inlay.methods.weight.normtuning import NormTuning
+from inlay.methods.weight.oft import OFT
 from inlay.methods.weight.pissa import PiSSA
+from inlay.methods.weight.road import RoAd
 from inlay.methods.weight.svft import SVFT
 from inlay.methods.weight.vblora import VBLoRA
 from inlay.methods.weight.vera import VeRA
+from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "IA3",
-    "NOLA",
-    "SVFT",
-    "AdaLoRA",
-    "BitFit",
-    "DeltaLoRA",
-    "DiReFT",
-    "DiaBlo",
-    "DoRA",
-    "DyLoRA",
-    "Full",
-    "Houlsby",
-    "KRAdapter",
-    "KronA",
-    "KronAB",
-    "LinAdapter",
-    "LinearProbe",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "LoRAFA",
-    "LoRAXS",
-    "LoReFT",
-    "NormTuning",
-    "ParallelAdapter",
-    "Pfeiffer",
-    "PiSSA",
-    "PrefixTuning",
-    "PromptTuning",
-    "ReLoRA",
-    "VBLoRA",
-    "VeRA",
+    "BOFT", "ETHER", "IA3", "NOLA", "OFT", "SSF", "SVFT", "AdaLoRA", "BitFit", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA",
+    "DyLoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby", "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe",
+    "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAXS", "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA",
+    "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip
