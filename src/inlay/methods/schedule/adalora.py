@@ -63,12 +63,12 @@ class AdaLoRA(DeltaMethod):
         return LowRank(self.P * self.E, self.Q, self.alpha / (self.initial or self.r))
 
     def penalty(self) -> Tensor:
-        return self.orthogonality * (apart(self.P.T) + apart(self.Q)) / (2 * len(self.everywhere()))
+        return self.orthogonality * (apart(self.P.T) + apart(self.Q)) / (2 * len(self.companions()))
 
     # ------------------------------------------------------------------ the budget
     def step(self, progress: float, optimizer: Optimizer | None) -> None:
         self.measure()
-        sites = self.everywhere()
+        sites = self.companions()
         if sites[-1] is not self:
             return
         if progress < 1 - self.end:
@@ -81,7 +81,7 @@ class AdaLoRA(DeltaMethod):
             for method in sites:
                 method.E.mul_(torch.tensor(method.kept, device=method.E.device))
 
-    def everywhere(self) -> list[AdaLoRA]:
+    def companions(self) -> list[AdaLoRA]:
         """This method at all its sites, which share one budget."""
         built = [site.built[AdaLoRA] for site in self.site.peers]
         return [method for method in built if isinstance(method, AdaLoRA)]
