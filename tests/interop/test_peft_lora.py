@@ -10,7 +10,7 @@ from peft_bases import BASES
 from peft_checks import both_ways, from_inlay
 
 import inlay
-from inlay.methods import BitFit, DoRA, Full, LoRA
+from inlay.methods import NOLA, BitFit, DoRA, Full, LoRA, LoRAFA, LoRAXS, PiSSA, VBLoRA
 
 LORA = {
     "bert": ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
@@ -108,6 +108,13 @@ OURS = {
     "experts": ("mixtral", LoRA(r=2), ["experts.gate_up_proj", "q_proj"], {}),
     "attention": ("attention", LoRA(r=2), ["attn.in_proj_weight"], {}),
     "dora": ("resnet", DoRA(of=LoRA(r=2)), ["convolution"], {}),
+    "pissa": ("bert", PiSSA(r=3, alpha=5), ["attn.q", "attn.v"], {}),
+    "pissa-conv": ("conv", PiSSA(r=2), ["one", "three"], {}),
+    "pissa-dora": ("bert", DoRA(of=PiSSA(r=2)), ["attn.q"], {}),
+    "lora-fa": ("llama", LoRAFA(r=3, alpha=5), ["embed", "attn.q"], {}),
+    "lora-xs": ("gpt2", LoRAXS(r=3, alpha=5), ["attn.q", "attn.v"], {}),
+    "nola": ("llama", NOLA(r=2, bases=5), ["attn.q", "mlp.down"], {}),
+    "vb-lora": ("bert", VBLoRA(r=2, vectors=9), ["attn.q", "mlp.up"], {}),
     "norms-whole": ("bert", [LoRA(r=2).on("query"), Full().on("LayerNorm")], None, {"head": None}),
     "biases": ("bert", [LoRA(r=2).on("query"), BitFit()], None, {}),
     "biases-here": ("bert", [LoRA(r=2).on("query"), BitFit().on("query")], None, {}),

@@ -31,7 +31,8 @@ MHA = (
 class LoraFamily(Family):
     peft_type: ClassVar[str] = "LORA"
     note: ClassVar[str] = (
-        "LoRA, DoRA(of=LoRA): Linear, Conv1D, convolutions without groups, Embedding, stacks of experts"
+        "LoRA, DoRA(of=LoRA): Linear, Conv1D, convolutions without groups, Embedding, stacks of experts; LoRA-FA, "
+        "LoRA-XS, NOLA, PiSSA and VB-LoRA are written as the LoRA that their update is"
     )
     fields: ClassVar[tuple[Field, ...]] = (
         *COMMON, *TARGETS, *LAYERS, STORED_TRANSPOSED,
@@ -62,7 +63,7 @@ class LoraFamily(Family):
     )  # fmt: skip
 
     def takes(self, method: Method) -> bool:
-        return isinstance(method, LoRA) or (isinstance(method, DoRA) and isinstance(method.of, LoRA))
+        return layout.takes(method)
 
     # ------------------------------------------------------------------ reading
     def read(self, reading: Reading) -> list[Part]:

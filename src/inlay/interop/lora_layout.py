@@ -8,13 +8,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from inlay.core.method import Method
+from inlay.core.matrices import LowRank
+from inlay.core.method import DeltaMethod, Method
 from inlay.core.mount import Level
 from inlay.interop.family import cannot
 from inlay.methods.weight.dora import DoRA
 from inlay.methods.weight.lora import LoRA
+from inlay.methods.weight.lorafa import LoRAFA
+from inlay.methods.weight.loraxs import LoRAXS
+from inlay.methods.weight.nola import NOLA
+from inlay.methods.weight.pissa import PiSSA
+from inlay.methods.weight.vblora import VBLoRA
+
+FOLDED = (LoRAFA, LoRAXS, NOLA, PiSSA, VBLoRA)
+"""Methods whose update is of low rank: written, it is a LoRA like any other (PiSSA's has the rank 2r)."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a LoRA has, of a LoRA or of a method that can be written as one."""
+
+    A: Tensor
+    B: Tensor
+    r: int
+    scale: float
+    alpha: float | None
+    rank_stabilized: bool
+    dropout: float
+    bias: bool
+    b: Tensor | None
 
 
 @dataclass
@@ -126,14 +150,29 @@ def together_magnitude(levels: Sequence[Level], W: Tensor) -> Tensor:
     return m
 
 
-def lora_of(method: Method) -> LoRA:
-    """The LoRA that a method is or is made of."""
-    lora = method.of if isinstance(method, DoRA) else method
-    assert isinstance(lora, LoRA)
-    return lora
+def takes(method: Method) -> bool:
+    """Whether a method is a LoRA, can be written as one, or is a DoRA of such."""
+    return isinstance(inner(method), (LoRA, *FOLDED))
 
 
-def bias_of(lora: LoRA, level: Level) -> Tensor | None:
+def inner(method: Method) -> Method:
+    """What a DoRA is made of; another method itself."""
+    return method.of if isinstance(method, DoRA) else method
+
+
+def lora_of(method: Method) -> Plain:
+    """The LoRA that a method is or is made of, or as which it can be written."""
+    of = inner(method)
+    if isinstance(of, LoRA):
+        return Plain(of.A, of.B, of.r, of.scale, of.alpha, of.rank_stabilized, of.dropout, of.bias, of.b)
+    assert isinstance(of, DeltaMethod)
+    delta = of.delta()
+    assert isinstance(delta, LowRank)
+    A, B = delta.A.detach().contiguous(), delta.B.detach().contiguous()
+    return Plain(A, B, delta.rank, delta.scale, None, False, of.dropout, False, None)
+
+
+def bias_of(lora: Plain, level: Level) -> Tensor | None:
     """The update's bias as PEFT stores it: zero where the base has none."""
     if not lora.bias:
         return None

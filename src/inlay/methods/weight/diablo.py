@@ -22,7 +22,7 @@ class DiaBlo(DeltaMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Gurses et al. 2025, arXiv 2506.03230"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.k", "attn.v", "mlp.up", "mlp.down")
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     blocks: int = option(default=64, doc="N", low=1)
 

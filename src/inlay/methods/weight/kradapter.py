@@ -24,7 +24,7 @@ class KRAdapter(DeltaMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Albert et al. 2025, arXiv 2508.00230"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     scale: float = option(default=2.0, doc="s", low=0.0)
 

@@ -21,7 +21,7 @@ class KronA(DeltaMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Edalati et al. 2022, arXiv 2212.10650"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     rows: int = option(default=0, doc="a₁, a divisor of d_out; 0: the one next above its square root", low=0)
     columns: int = option(default=0, doc="a₂, a divisor of d_in; 0: the one next below its square root", low=0)

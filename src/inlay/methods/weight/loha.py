@@ -19,7 +19,7 @@ class LoHa(Cored):
     """
 
     paper: ClassVar[str] = "Hyeon-Woo, Ye-Bin & Oh 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     def build(self, site: Site) -> None:
         make_factors(self, site, self.shapes(site), zero="A2")

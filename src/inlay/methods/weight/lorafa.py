@@ -21,7 +21,7 @@ class LoRAFA(Ranked):
     """
 
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2308.03303"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     corrected: bool = option(default=False, doc="correct the gradient of B as the paper's second version does")
 
