@@ -15,7 +15,7 @@ from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, ComposeError, OptionError, RouteError, SiteError
 from inlay.core.head import Head
 from inlay.core.method import Method, ParameterMethod, Placement, WeightMethod, method_from
-from inlay.core.mount import Level
+from inlay.core.mount import Level, acts_on_output
 from inlay.core.properties import hold_statistics, release_statistics
 from inlay.core.sharded import is_sharded
 from inlay.core.sites import Site
@@ -181,10 +181,18 @@ def stand(levels: Sequence[Level], site: Site, method: Method) -> None:
             )
         if any(isinstance(lv.method, ParameterMethod) and lv.site.param == site.param for lv in below):
             raise ComposeError(f"two methods train their own copy of '{site.key}': keep one of them")
-    if isinstance(method, WeightMethod) and (method.reads_weight or method.formed()) and below:
+    if not isinstance(method, WeightMethod):
+        return
+    if method.reads_weight and below:
         raise ComposeError(
             f"{method.label()} reads W at '{site.path}', so it must come first there, "
             f"but {below[0].method.label()} already acts on it: list {method.label()} first, or compose it as `of=`"
+        )
+    outer = [lv for lv in below if acts_on_output(lv)] if method.formed() else []
+    if outer:
+        raise ComposeError(
+            f"{method.label()} changes the tensor that '{site.path}' reads and {outer[0].method.label()} acts on its "
+            f"output, so {method.label()} must come first there: list it first"
         )
 
 

@@ -237,7 +237,7 @@ class WeightMethod(Method):
     def formed(self) -> bool:
         """Whether at this site the module reads W′ in the place of W, for want of a cheaper exact form.
 
-        What acts on inputs and outputs acts above it, so such a method must come first at its site.
+        What acts on outputs acts above it, so such a method cannot stand on one that does.
         """
         return False
 

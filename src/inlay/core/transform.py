@@ -105,7 +105,8 @@ class Pairs(Map):
         return torch.stack([-second, first], -2).flatten(-3)
 
     def transposed(self) -> Map:
-        return Pairs(self.c1, self.turned(self.c2), self.group)  # entry (i, j) of the pair moves to (j, i)
+        first, second = self.c2.unflatten(-1, (-1, 2, self.group // 2)).unbind(-2)
+        return Pairs(self.c1, -torch.stack([second, first], -2).flatten(-3), self.group)
 
 
 class Product(Map):
