@@ -65,7 +65,7 @@ def test_robust_draws_once_per_step_for_all_sites(name):
     drawn = Counter()
     for step in range(300):
         inlay.core.adapter.step(model, step / 300)
-        (n,) = {level.method.depth.lowest(level.method.blocks) for level in piece.levels}
+        (n,) = {level.method.depth.of(level.method.blocks) for level in piece.levels}
         drawn[n] += 1
         if step < 8:
             assert need_gradients(name, model, inputs) == [i >= n for i in range(3)]
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_with_its_draws():
     def draws(model, piece, n):
         for _ in range(n):
             inlay.core.adapter.step(model, 0.0)
-            yield piece.levels[0].method.depth.lowest(3)
+            yield piece.levels[0].method.depth.of(3)
 
     model = base("bert")
     piece = inlay.adapt(model, Pfeiffer(r=4, robust=True), head=None)

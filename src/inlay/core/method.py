@@ -55,6 +55,8 @@ class Method(nn.Module, ABC):
     acts_on_bias: ClassVar[bool] = False
     has_sites: ClassVar[bool] = True
     """False for a method that is nothing but the task head beside it."""
+    shares: ClassVar[bool] = False
+    """Whether its places train a tensor together."""
     of_a_run: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of buffers that a training run needs to go on, and a saved adapter does not hold."""
     mergeable: ClassVar[bool] = False

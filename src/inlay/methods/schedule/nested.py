@@ -26,6 +26,11 @@ class OverLowRank(DeltaMethod):
         if self.of.dropout:
             raise OptionError(f"give dropout to {type(self).__name__}, not to {self.of.label()} inside it")
 
+        if self.of.shares:
+            raise OptionError(
+                f"{type(self).__name__} acts place by place, {self.of.label()} trains vectors of all places"
+            )
+
     def count(self, site: Site) -> int:
         return self.of.count(site)
 

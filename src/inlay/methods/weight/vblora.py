@@ -28,6 +28,7 @@ class VBLoRA(DeltaMethod):
     paper: ClassVar[str] = "Li, Han & Ji 2024, arXiv 2405.15179"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
     learning_rate: ClassVar[float] = 1e-2
+    shares: ClassVar[bool] = True
 
     r: int = option(default=4, doc="rank", low=1)
     vectors: int = option(default=256, doc="vectors in the bank", low=1)
