@@ -29,7 +29,7 @@ from inlay.core.quantised import is_quantised
 from inlay.core.quantised import shape as quantised_shape
 from inlay.core.rows import Rows
 from inlay.core.sharded import gathered, whole
-from inlay.core.sites import QuantisedHost, Site
+from inlay.core.sites import QuantisedHost, Site, hollow
 from inlay.core.towers import tower_of
 from inlay.core.where import site_host
 
@@ -169,7 +169,7 @@ def fingerprint(sites: list[Site]) -> str:
     h = hashlib.sha256()
     for site in sorted(sites, key=lambda s: s.key):
         for path, name, p in identifying(site):
-            if p.is_meta or not p.is_floating_point():
+            if hollow(p) or not p.is_floating_point():
                 return ""
             flat = whole(p.detach()).flatten()
             sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().to(torch.bfloat16)

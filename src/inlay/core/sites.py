@@ -196,9 +196,16 @@ class StoredTransposedHost(TransposedHost):
     hooked = False
 
 
+def hollow(t: Tensor) -> bool:
+    """Whether a tensor has a shape but no numbers: on the meta device, or while a plan is made."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return t.is_meta or isinstance(t, FakeTensor)
+
+
 def output_scale(module: nn.Embedding) -> float:
     """The factor by which an embedding module multiplies its rows (Gemma: √d), found by calling it; 1 if plain."""
-    if type(module).forward is nn.Embedding.forward or module.weight.is_meta:
+    if type(module).forward is nn.Embedding.forward or hollow(module.weight):
         return 1.0
     with torch.no_grad():
         ids = module.weight.norm(dim=1).argmax()[None]
@@ -220,7 +227,7 @@ def norm_host(module: nn.Module) -> NormHost | None:
         return NormHost(0)
     if "norm" not in type(module).__name__.lower():
         return None
-    return NormHost(0) if gain.is_meta else _root_mean_square(module, gain)
+    return NormHost(0) if hollow(gain) else _root_mean_square(module, gain)
 
 
 def operation(module: nn.Module, parent: nn.Module | None = None) -> Host | None:

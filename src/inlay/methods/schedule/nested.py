@@ -26,16 +26,13 @@ class OverLowRank(DeltaMethod):
         if self.of.dropout:
             raise OptionError(f"give dropout to {type(self).__name__}, not to {self.of.label()} inside it")
 
-        if self.of.shares:
-            raise OptionError(
-                f"{type(self).__name__} acts place by place, {self.of.label()} trains vectors of all places"
-            )
-
     def count(self, site: Site) -> int:
         return self.of.count(site)
 
     def inner(self) -> LowRank:
         """s·B A."""
+        if self.of.shares:
+            raise SiteError(f"{type(self).__name__} acts place by place, {self.of.label()} trains one tensor for all")
         update = self.of.delta()
         if not isinstance(update, LowRank):
             raise SiteError(f"{type(self).__name__} needs an update B A, which {self.of.label()} does not have")
