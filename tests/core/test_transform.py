@@ -69,7 +69,7 @@ STACKS: list[tuple[object, list[Method]]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "methods"), STACKS, ids=str)
+@pytest.mark.parametrize(("make", "methods"), STACKS, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_stacks_merge_to_what_they_compute(make, methods: list[Method]) -> None:
     model, inputs = make(), {"input": INPUTS[make]}
     base = output(model, inputs)
