@@ -1,27 +1,11 @@
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # the tiny task is shared with the tests of training
-
-from tiny_task import make_data, make_model, recipe_for
+from tiny_task import recipe_for
 
 from inlay.recipe import CompareRecipe, load_recipe
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny model and its data, made once."""
-    folder = tmp_path_factory.mktemp("tiny")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        make_model(folder / "model")
-    make_data(folder / "data")
-    return folder
 
 
 @pytest.fixture
