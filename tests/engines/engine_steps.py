@@ -86,11 +86,16 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def train(model: nn.Module, *feeds: Inputs, forward: Forward | None = None, steps: int = 3, rate: float = RATE) -> Run:
     """Steps of gradient descent on all feeds together, through `forward` (the model itself unless given)."""
+    return descend(model, lambda: loss_of(model if forward is None else forward, *feeds), steps, rate)
+
+
+def descend(model: nn.Module, loss_now: Callable[[], Tensor], steps: int, rate: float = RATE) -> Run:
+    """The plain loop: steps of gradient descent, and what came of them."""
     parameters, found = trained(model), Run()
     found.start = copied(parameters.items())
     optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9)
     for k in range(steps):
-        loss = loss_of(model if forward is None else forward, *feeds)
+        loss = loss_now()
         loss.backward()
         if k == 0:
             found.gradients = copied((n, p.grad) for n, p in parameters.items() if p.grad is not None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from engine_steps import KINDS, RATE, Run, adapted, copied, loss_of, same, train, trained
+from engine_steps import KINDS, RATE, Run, adapted, copied, descend, loss_of, same, train, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -32,19 +32,7 @@ def examples() -> list[dict[str, Tensor]]:
 def loop(model: nn.Module, steps: int = STEPS) -> Run:
     """The plain loop, on the whole data set at once."""
     batch = {name: torch.stack([e[name] for e in examples()]) for name in examples()[0]}
-    parameters, found = trained(model), Run()
-    found.start = copied(parameters.items())
-    optimizer = torch.optim.SGD(parameters.values(), lr=RATE, momentum=0.9)
-    for k in range(steps):
-        loss = model(**batch).loss
-        loss.backward()
-        if k == 0:
-            found.gradients = copied((n, p.grad) for n, p in parameters.items() if p.grad is not None)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.losses.append(loss.detach())
-    found.parameters = copied(parameters.items())
-    return found
+    return descend(model, lambda: model(**batch).loss, steps)
 
 
 class Watched(Trainer):

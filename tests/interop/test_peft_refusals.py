@@ -162,6 +162,18 @@ def test_another_base(folder: Path) -> None:
         read(wide, folder)
 
 
+def test_a_refused_folder_keeps_the_active_adapter(folder: Path) -> None:
+    model = BASES["bert"]()
+    inlay.adapt(model, LoRA(r=2), name="mine")
+    tensors = load_file(folder / TENSORS)
+    save_file(tensors | {f"{QUERY}.lora_B.weight": torch.ones(17, 4)}, folder / TENSORS)
+    with pytest.raises(CheckpointError, match="this model needs"):
+        inlay.load(model, folder, name="theirs")
+    assert model.inlay.active == ["mine"]
+    assert list(model.inlay.adapters) == ["mine"]
+    assert all(p.requires_grad for p in model.inlay.adapters["mine"].parameters())
+
+
 def test_a_name_that_is_taken(folder: Path) -> None:
     model = BASES["bert"]()
     read(model, folder)

@@ -106,22 +106,17 @@ def build(
 
 
 def build_sites(model: nn.Module, inlay: Inlay, name: str, pairs: Sequence[tuple[Method, Site]], seed: int) -> None:
-    """Build each method at its site and switch the adapter on; nothing is left behind on failure."""
+    """Build each method at its site and switch the adapter on; call it inside `undone_on_error`."""
     if any(is_sharded(p) for p in model.parameters()):
         raise AdapterError("the model is spread over processes already: attach adapters first, then call fully_shard")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inlay.adapters[name] = nn.ModuleDict()
-            for spec, site in pairs:
-                site.inlay = inlay
-                method = placed(spec.at(site), site.parameter_device)
-                compose(inlay, name, site, method)
-                inlay.put(model, name, site, method)
-    except BaseException:
-        inlay.drop(name)
-        discard(model)
-        raise
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inlay.adapters[name] = nn.ModuleDict()
+        for spec, site in pairs:
+            site.inlay = inlay
+            method = placed(spec.at(site), site.parameter_device)
+            compose(inlay, name, site, method)
+            inlay.put(model, name, site, method)
     placed(inlay.tensors, inlay.device)
     inlay.train(model.training)
     inlay.refresh()

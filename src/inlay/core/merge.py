@@ -58,7 +58,6 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
         with inlay.only(*names):
             inlay.state.factored = True
             before = {mount: probe(mount) for mount in stacks}
-            inlay.state.factored = False
             replacements = {mount: merged_tensors(mount, levels) for mount, levels in stacks.items()}
         inlay.state.merged_names, inlay.state.active_before = names, active
         put(model, stacks, replacements)

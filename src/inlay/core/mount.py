@@ -227,7 +227,8 @@ class Mount:
 
     def state(self, name: str, levels: list[Level]) -> Any:
         """The buffer `name`: the copy that one of these levels keeps, else the base's own."""
-        return next((kept(level)[name] for level in levels if name in kept(level)), self.module._buffers[name])
+        copies = (kept(level).get(name) for level in levels)
+        return next((t for t in copies if t is not None), self.module._buffers[name])
 
     def updates_states(self) -> bool:
         """Whether an adapter that keeps states of its own acts now, and is being trained."""

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.core.adapter import Adapter, attached, build_sites, check_name, container, discard, find_head, model_is
+from inlay.core.adapter import (
+    Adapter,
+    attached,
+    build_sites,
+    check_name,
+    container,
+    find_head,
+    model_is,
+    undone_on_error,
+)
 from inlay.core.errors import CheckpointError, OptionError, near
 from inlay.core.head import Head
 from inlay.core.method import Method, Placement
@@ -100,27 +109,19 @@ def family_of(document: dict[str, Any], folder: Path) -> Family:
 def attach(reading: Reading, parts: Sequence[Part], name: str) -> Adapter:
     """Build the parts and put their tensors in; the model is untouched when that fails."""
     model = reading.model
-    inlay = container(model)
-    try:
-        check_name(inlay, name)
+    check_name(model._modules.get("inlay"), name)
+    with undone_on_error(model, name):
+        inlay = container(model)
         for shared, t in reading.shared.items():
             inlay.give(shared, t)
-    except BaseException:
-        discard(model)
-        raise
-    build_sites(model, inlay, name, [(part.method, part.site) for part in parts], seed=0)
-    heads = tuple(h for h in find_head(reading.finder) if any(heads_at(part, h) for part in parts))
-    where = sorted({part.site.path for part in parts if not isinstance(part.method, Head | BitFit)})
-    placements = [Placement(method) for method in representative(parts)]
-    adapter = Adapter(model, name, placements, heads, reading.dtype, list(where), {}, 0)
-    try:
+        build_sites(model, inlay, name, [(part.method, part.site) for part in parts], seed=0)
+        heads = tuple(h for h in find_head(reading.finder) if any(heads_at(part, h) for part in parts))
+        where = sorted({part.site.path for part in parts if not isinstance(part.method, Head | BitFit)})
+        placements = [Placement(method) for method in representative(parts)]
+        adapter = Adapter(model, name, placements, heads, reading.dtype, list(where), {}, 0)
         for part, method in zip(parts, inlay.adapters[name].children(), strict=True):
             assert isinstance(method, Method)
             fill(method, part, reading.folder)
-    except BaseException:
-        adapter.delete()
-        discard(model)
-        raise
     return adapter
 
 

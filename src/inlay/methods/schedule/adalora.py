@@ -63,14 +63,14 @@ class AdaLoRA(DeltaMethod):
         return LowRank(self.P * self.E, self.Q, self.alpha / (self.initial or self.r))
 
     def penalty(self) -> Tensor:
-        return self.orthogonality * (apart(self.P.T) + apart(self.Q)) / (2 * len(self.companions()))
+        return self.orthogonality * (apart(self.P.T) + apart(self.Q)) / (2 * len(self.site.peers))
 
     # ------------------------------------------------------------------ the budget
     def step(self, progress: float, optimizer: Optimizer | None) -> None:
         self.measure()
-        sites = self.companions()
-        if sites[-1] is not self:
+        if self.site.peers[-1] is not self.site:
             return
+        sites = self.companions()
         if progress < 1 - self.end:
             scores = torch.cat([method.scores() for method in sites])
             best = set(scores.topk(self.budget(progress, sites)).indices.tolist())

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from inlay.core.method import option, register
 from inlay.core.sites import Site
-from inlay.core.transform import Blocks, Map, Product, Scale, TransformMethod
-from inlay.methods.weight.rotations import cayley, fitting, resting, skew
+from inlay.core.transform import Blocks, Map, Product, Scale
+from inlay.methods.weight.rotations import Rotation, cayley, fitting, resting, skew
 
 
 @register
-class BOFT(TransformMethod):
+class BOFT(Rotation):
     """W′ = diag(s) W Rᵀ, R = B̃_m … B̃₁, B̃_i = P_i diag(R_i1, …, R_iD) P_iᵀ: a rotation from m butterfly factors.
 
     Every factor is block-diagonal in another order of the coordinates, so that m factors of small blocks make a dense
@@ -22,10 +22,7 @@ class BOFT(TransformMethod):
     from one, is the output scale of the official code; R alone keeps lengths and angles of the rows of W.
     """
 
-    kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Liu et al. 2023, arXiv 2311.06243"
-    where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 5e-3
 
     block_size: int = option(default=8, doc="b; where it does not fit the width, the nearest size that does", low=2)
     factors: int = option(default=2, doc="butterfly factors m; D = d_in/b blocks must be a multiple of 2^(m−1)", low=1)
@@ -45,14 +42,10 @@ class BOFT(TransformMethod):
     def count(self, site: Site) -> int:
         return self.factors * self.width(site) * (self.size(site) - 1) // 2 + (site.d_out if self.scale else 0)
 
-    def width(self, site: Site) -> int:
-        return site.d_out if site.is_embedding else site.d_in
-
     def size(self, site: Site) -> int:
         return fitting(site, self.width(site), self.block_size, 2 ** (self.factors - 1))
 
     def rotation(self) -> Map:
-        """R, from the left."""
         b = self.size(self.site)
         R = cayley(skew(self.S.flatten(0, 1), b)).unflatten(0, self.S.shape[:2])
         if self.training and self.dropout:
@@ -60,12 +53,6 @@ class BOFT(TransformMethod):
             R = torch.where(one[:, None, None, None], torch.stack([resting(F, self.dropout) for F in R]), R)
         order, back = self.get_buffer("order"), self.get_buffer("back")
         return Product(*(Blocks(R[i], order[i] if i else None, back[i] if i else None) for i in range(self.factors)))
-
-    def turns_input(self) -> bool:
-        return not self.site.is_embedding
-
-    def right(self) -> Map | None:
-        return None if self.site.is_embedding else self.rotation().transposed()
 
     def left(self) -> Map | None:
         maps: list[Map] = [self.rotation().transposed()] if self.site.is_embedding else []

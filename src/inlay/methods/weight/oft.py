@@ -8,12 +8,12 @@ from torch import nn
 from inlay.core.errors import OptionError
 from inlay.core.method import option, register
 from inlay.core.sites import Site
-from inlay.core.transform import Blocks, Map, TransformMethod
-from inlay.methods.weight.rotations import cayley, fitting, neumann, resting, skew
+from inlay.core.transform import Blocks, Map
+from inlay.methods.weight.rotations import Rotation, cayley, fitting, neumann, resting, skew
 
 
 @register
-class OFT(TransformMethod):
+class OFT(Rotation):
     """W′ = W Rᵀ, R = diag(R₁, …, R_n), R_i = (I + S_i)(I − S_i)⁻¹, S_i = −S_iᵀ: the input is rotated in blocks.
 
     Angles between the rows of W (neurons) and their lengths stay as they are. Trained are the b(b−1)/2 entries of
@@ -24,12 +24,9 @@ class OFT(TransformMethod):
     it does not use the Neumann series its S has the other sign.
     """
 
-    kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = (
         "Qiu et al. 2023, arXiv 2306.07280 (Neumann series and rotated inputs: Qiu et al. 2025, arXiv 2506.19847)"
     )
-    where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 5e-3
 
     block_size: int = option(default=32, doc="b; where it does not divide the width, the nearest size that does", low=2)
     shared: bool = option(default=False, doc="one R_i for all blocks")
@@ -52,26 +49,16 @@ class OFT(TransformMethod):
         b = fitting(site, self.width(site), self.block_size)
         return (1 if self.shared else self.width(site) // b) * b * (b - 1) // 2
 
-    def width(self, site: Site) -> int:
-        return site.d_out if site.is_embedding else site.d_in
-
     def blocks(self, site: Site) -> int:
         return 1 if self.shared else self.width(site) // self.b
 
     def rotation(self) -> Map:
-        """R, from the left."""
         S = skew(self.S, self.b)
         if self.constrained:
             radius = self.epsilon / S.shape[0] ** 0.5
             S = S * radius / torch.linalg.vector_norm(S, dim=(1, 2), keepdim=True).clamp_min(radius)
         R = neumann(S, self.neumann) if self.neumann else cayley(S)
         return Blocks(resting(R, self.dropout) if self.training and self.dropout else R)
-
-    def turns_input(self) -> bool:
-        return not self.site.is_embedding
-
-    def right(self) -> Map | None:
-        return None if self.site.is_embedding else self.rotation().transposed()
 
     def left(self) -> Map | None:
         return self.rotation().transposed() if self.site.is_embedding else None

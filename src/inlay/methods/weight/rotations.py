@@ -1,12 +1,38 @@
-"""What orthogonal methods share: skew-symmetric blocks, Cayley's map to rotations, block sizes that fit."""
+"""What orthogonal methods share: where they turn, skew-symmetric blocks, Cayley's map, block sizes that fit."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from inlay.core.errors import SiteError
 from inlay.core.sites import Site
+from inlay.core.transform import Map, TransformMethod
+
+
+class Rotation(TransformMethod):
+    """W′ = W Rᵀ: the input is rotated; an embedding reads ids, its vectors are rotated as they come out."""
+
+    kind: ClassVar[str] = "weight"
+    where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
+    learning_rate: ClassVar[float] = 5e-3
+
+    @abstractmethod
+    def rotation(self) -> Map:
+        """R, from the left."""
+
+    def width(self, site: Site) -> int:
+        """How many coordinates R turns."""
+        return site.d_out if site.is_embedding else site.d_in
+
+    def turns_input(self) -> bool:
+        return not self.site.is_embedding
+
+    def right(self) -> Map | None:
+        return self.rotation().transposed() if self.turns_input() else None
 
 
 def skew(values: Tensor, b: int) -> Tensor:
