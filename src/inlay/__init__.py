@@ -1,6 +1,7 @@
 """inlay: adapt frozen foundation models with any parameter-efficient method."""
 
 from inlay.core.adapter import Adapter, adapt, delete, detach, disabled, penalty, route, step, use
+from inlay.core.calibrate import calibrate
 from inlay.core.checkpoint import load, save
 from inlay.core.merge import merge, unmerge
 from inlay.interop import export_peft
@@ -8,6 +9,6 @@ from inlay.interop import export_peft
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter", "adapt", "delete", "detach", "disabled", "export_peft", "load", "merge", "penalty", "route", "save",
-    "step", "unmerge", "use",
+    "Adapter", "adapt", "calibrate", "delete", "detach", "disabled", "export_peft", "load", "merge", "penalty", "route",
+    "save", "step", "unmerge", "use",
 ]  # fmt: skip

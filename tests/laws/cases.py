@@ -31,6 +31,9 @@ SETTINGS: dict[str, list[str]] = {
     "krona": ["krona(scale=2)"],
     "pissa": ["pissa(r=2, alpha=3)"],
     "loraxs": ["loraxs(r=2, deviation=0)", "loraxs(r=3, deviation=0.01)"],
+    "eva": ["eva(r=2, alpha=3)", "eva(r=3, rank=1)"],
+    "corda": ["corda(r=2, alpha=3)", "corda(r=2, mode='knowledge')"],
+    "lorasb": ["lorasb(r=2)"],
     "nola": ["nola(r=2, bases=5)"],
     "vblora": ["vblora(r=2, vectors=6, bound=0.3)", "vblora(r=2, vectors=5, top=3, bound=0.3, compact=true)"],
     "svft": [

@@ -118,6 +118,27 @@ def loraxs(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return W + g.options["alpha"] / g.options["r"] * U @ flip @ g["R"] @ S.diag() @ flip @ Vh, b
 
 
+def eva(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + (α/r) B A, whatever rank A has here."""
+    return W + g.options["alpha"] / g.options["r"] * torch.einsum("or,ri->oi", g["B"], g["A"]), b
+
+
+def corda(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W_res + s B A, without data from an exact SVD of W: the leading part of it, or the last."""
+    s, r = g.options["alpha"] / g.options["r"], g.options["r"]
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    part = slice(0, r) if g.options["mode"] == "instruction" else slice(max(0, len(S) - r), len(S))
+    return W - U[:, part] @ S[part].diag() @ Vh[part] + s * g["B"] @ g["A"], b
+
+
+def lorasb(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W + B R A, without data in the leading singular vectors of W."""
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    r = len(g["R"])
+    flip = torch.stack([u[u.abs().argmax()].sign() for u in U.T[:r]])
+    return W + (U[:, :r] * flip) @ g["R"] @ (Vh[:r] * flip[:, None]), b
+
+
 def nola(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     """W + s (Σ b_j B_j) (A₀ + Σ a_i A_i)."""
     (A,), (B,), (A0,) = ([t for n, t in g.shared.items() if n.endswith(end)] for end in ("-A", "-B", "-A0"))
@@ -349,7 +370,7 @@ def glora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
     "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "lorafa": lorafa, "loha": loha, "lokr": lokr, "krona": krona,
     "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "diablo": diablo,
-    "kradapter": kradapter,
+    "kradapter": kradapter, "eva": eva, "corda": corda, "lorasb": lorasb,
     "dylora": dylora, "adalora": adalora, "deltalora": deltalora, "relora": relora,
     "ssf": ssf, "weightnorm": weightnorm, "oft": oft, "boft": boft, "road": road,
     "ether": ether, "etherplus": etherplus, "glora": glora,

@@ -7,6 +7,7 @@ from laws.cases import Case
 MAPS = {"conv1d", "conv1d-same", "conv1d-point", "conv2d", "conv2d-groups", "conv2d-depthwise", "conv2d-same",
         "conv3d", "batchnorm"}  # fmt: skip
 TABLES = {"embedding", "embedding-tied"}
+UNSEEN = {"mha", "mha-split", "encoder", "encoder-padded", "mixtral", "qwen-moe", "gpt-oss"}
 PACKED = {"int8-tensor", "int8-module", "nf4", "int4"}
 
 REFUSALS: list[tuple[str, set[str], str]] = [
@@ -20,6 +21,13 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ("ParallelAdapter", TABLES, "needs vectors at 'table', which reads ids"),
     ("KronAB", MAPS, "needs vectors at 'conv', which reads a map"),
     ("KronAB", TABLES, "needs vectors at 'table', which reads ids"),
+    # inputs that a method which starts from them could not see
+    ("EVA", TABLES, "starts from the vectors a matrix acts on, but 'table' reads ids"),
+    ("CorDA", TABLES, "starts from the vectors a matrix acts on, but 'table' reads ids"),
+    ("EVA", {"gemma"}, "but 'model.embed_tokens' reads ids"),
+    ("CorDA", {"gemma"}, "but 'model.embed_tokens' reads ids"),
+    ("EVA", UNSEEN, "are out of sight: other code than the module's own forward applies it"),
+    ("CorDA", UNSEEN, "are out of sight: other code than the module's own forward applies it"),
     # widths that m butterfly factors cannot be cut for
     (
         "BOFT(block_size=2",

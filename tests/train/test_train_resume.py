@@ -70,10 +70,12 @@ def die_in(name: str, after: int) -> Callable[..., Any]:
 
 
 METHODS = ["lora(r=2, dropout=0.1)", "full", ["lora(r=2)", "bitfit"], "adalora(r=4, target=2)", "dylora(frozen=true)",
-           "relora(restarts=2, warmup=3)", "deltalora"]  # fmt: skip
+           "relora(restarts=2, warmup=3)", "deltalora", "deltalora(of=eva(r=3))"]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["lora", "full", "two", "adalora", "dylora", "relora", "deltalora"])
+@pytest.mark.parametrize(
+    "method", METHODS, ids=["lora", "full", "two", "adalora", "dylora", "relora", "deltalora", "eva"]
+)
 def test_killed_after_steps(recipe: Make, tmp_path: Path, method: Any) -> None:
     """Kills before the first checkpoint, just after one, between two, and again and again; base dropout is on."""
     undisturbed = recipe(method=method, output=str(tmp_path / "a"))

@@ -19,6 +19,7 @@ from inlay.core.mount import Level, acts_on_output
 from inlay.core.properties import hold_statistics, release_statistics
 from inlay.core.sharded import is_sharded
 from inlay.core.sites import Site
+from inlay.core.statistics import Calibrated
 from inlay.core.where import Finder, Pattern, matches
 
 HEAD = "head"
@@ -464,6 +465,9 @@ class Adapter:
             f"  {trained:,} trained parameters ({100 * trained / max(base, 1):.3f} % of the base), "
             f"{sum(p.nbytes for p in self.parameters()):,} bytes" + (f", and a head of {head:,}" if head else ""),
         ]
+        waiting = [m for lv in self.levels for m in lv.method.modules() if isinstance(m, Calibrated)]
+        if not all(m.is_calibrated for m in waiting):
+            lines.append("  not calibrated: inlay.calibrate(model, batches) lets it start from data")
         for level in self.levels:
             shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in level.method.named_parameters())
             lines.append(f"  {level.site.name or level.site.key:<28} {type(level.method).__name__:<12} {shapes}")

@@ -38,6 +38,10 @@ class CheckpointError(InlayError, ValueError):
     """A saved adapter is damaged, incomplete, or belongs to another base model."""
 
 
+class CalibrationError(InlayError, ValueError):
+    """Batches from which a method cannot start: none, too few, without labels, or with numbers that are not finite."""
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x' or 'y'?` for the nearest known names, else an empty string."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -52,6 +52,10 @@ class Host(ABC):
     def add(self, module: nn.Module, delta: Matrix, x: Tensor, y: Tensor) -> Tensor:
         return y + self.apply(module, delta, x)
 
+    def vectors(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The vectors (n, d_in) that the matrix acts on when the module is given x."""
+        raise SiteError(f"{type(module).__name__} has no input vectors")
+
     def outward(self, v: Tensor, y: Tensor) -> Tensor:
         """A vector over d_out, shaped to broadcast against the module's output y."""
         return v
@@ -75,6 +79,9 @@ class LinearHost(Host):
 
     def add(self, module: nn.Module, delta: Matrix, x: Tensor, y: Tensor) -> Tensor:
         return delta.add_to(y, x)
+
+    def vectors(self, module: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
 
 
 class QuantisedHost(LinearHost):
@@ -118,6 +125,15 @@ class ConvHost(Host):
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
         B = (delta.scale * delta.B).to(x.dtype).reshape(*delta.B.shape, *(1 for _ in module.kernel_size))
         return convolve(h, B, groups=module.groups)
+
+    def vectors(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The patches under the kernel, those of every group: what the convolution with each unit kernel picks out."""
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        x = x if x.dim() == self.axes + 2 else x[None]
+        d = module.in_channels // module.groups * prod(module.kernel_size)
+        unit = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, -1, *module.kernel_size)
+        units = unit.repeat(module.groups, *(1 for _ in unit.shape[1:]))
+        return module._conv_forward(x, units, None).unflatten(1, (-1, d)).movedim(2, -1).reshape(-1, d)
 
     def outward(self, v: Tensor, y: Tensor) -> Tensor:
         return v.reshape(-1, *(1 for _ in range(self.axes)))
@@ -300,6 +316,10 @@ class Site:
         W = self.host.to_matrix(p)
         return W if self.rows is None else self.rows.take(W, 0)
 
+    def part_of(self, p: Tensor) -> Tensor:
+        """The same out of a tensor like the one stored, of which a stack's expert is a part."""
+        return self.matrix_of(p if self.expert is None else p[self.expert])
+
     def stored_from(self, W: Tensor, like: Tensor) -> Tensor:
         """The stored tensor `like` with this site's rows replaced by W."""
         assert self.host is not None
@@ -312,8 +332,7 @@ class Site:
         """W as the base holds it, (d_out, d_in), no gradient."""
         if isinstance(self.host, QuantisedHost):
             return self.matrix_of(dense(self.module))
-        p = self.parameter.detach()
-        return self.matrix_of(p if self.expert is None else p[self.expert])
+        return self.part_of(self.parameter.detach())
 
     @property
     def bias(self) -> Tensor | None:

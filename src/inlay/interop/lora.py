@@ -31,8 +31,8 @@ MHA = (
 class LoraFamily(Family):
     peft_type: ClassVar[str] = "LORA"
     note: ClassVar[str] = (
-        "LoRA, DoRA(of=LoRA): Linear, Conv1D, convolutions without groups, Embedding, stacks of experts; LoRA-FA, "
-        "LoRA-XS, NOLA, PiSSA and VB-LoRA are written as the LoRA that their update is"
+        "LoRA, DoRA(of=LoRA): Linear, Conv1D, convolutions without groups, Embedding, stacks of experts; CorDA, "
+        "EVA, LoRA-FA, LoRA-SB, LoRA-XS, NOLA, PiSSA and VB-LoRA are written as the LoRA that their update is"
     )
     fields: ClassVar[tuple[Field, ...]] = (
         *COMMON, *TARGETS, *LAYERS, STORED_TRANSPOSED,
@@ -160,8 +160,9 @@ class LoraFamily(Family):
             "fan_in_fan_out": any(type(level.site.module).__name__ == "Conv1D" for level in levels),
         }
         groups: dict[tuple[str, str], list[Level]] = {}
-        for level in levels:
-            groups.setdefault((level.site.path, level.site.param), []).append(level)
+        for level, lora in zip(levels, inner, strict=True):
+            if lora.r:  # EVA may have left a place with no rank
+                groups.setdefault((level.site.path, level.site.param), []).append(level)
         ranks, alphas = dict[str, int](), dict[str, float]()
         stacked = [key for key, group in groups.items() if unhooked(group[0].site)]
         if stacked and (dora or config["lora_dropout"] or config["lora_bias"]):

@@ -12,16 +12,19 @@ from inlay.core.matrices import LowRank
 from inlay.core.method import DeltaMethod, Method
 from inlay.core.mount import Level
 from inlay.interop.family import cannot
+from inlay.methods.weight.corda import CorDA
 from inlay.methods.weight.dora import DoRA
+from inlay.methods.weight.eva import EVA
 from inlay.methods.weight.lora import LoRA
 from inlay.methods.weight.lorafa import LoRAFA
+from inlay.methods.weight.lorasb import LoRASB
 from inlay.methods.weight.loraxs import LoRAXS
 from inlay.methods.weight.nola import NOLA
 from inlay.methods.weight.pissa import PiSSA
 from inlay.methods.weight.vblora import VBLoRA
 
-FOLDED = (LoRAFA, LoRAXS, NOLA, PiSSA, VBLoRA)
-"""Methods whose update is of low rank: written, it is a LoRA like any other (PiSSA's has the rank 2r)."""
+FOLDED = (CorDA, EVA, LoRAFA, LoRASB, LoRAXS, NOLA, PiSSA, VBLoRA)
+"""Methods whose update is of low rank: written, it is a LoRA like any other (CorDA's and PiSSA's have the rank 2r)."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -17,10 +17,12 @@ from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
 from inlay.methods.weight.bitfit import BitFit
 from inlay.methods.weight.boft import BOFT
+from inlay.methods.weight.corda import CorDA
 from inlay.methods.weight.diablo import DiaBlo
 from inlay.methods.weight.dora import DoRA
 from inlay.methods.weight.ether import ETHER
 from inlay.methods.weight.etherplus import ETHERPlus
+from inlay.methods.weight.eva import EVA
 from inlay.methods.weight.full import Full
 from inlay.methods.weight.glora import GLoRA
 from inlay.methods.weight.ia3 import IA3
@@ -30,6 +32,7 @@ from inlay.methods.weight.loha import LoHa
 from inlay.methods.weight.lokr import LoKr
 from inlay.methods.weight.lora import LoRA
 from inlay.methods.weight.lorafa import LoRAFA
+from inlay.methods.weight.lorasb import LoRASB
 from inlay.methods.weight.loraxs import LoRAXS
 from inlay.methods.weight.nola import NOLA
 from inlay.methods.weight.normtuning import NormTuning
@@ -42,8 +45,8 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "IA3", "NOLA", "OFT", "SSF", "SVFT", "AdaLoRA", "BitFit", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA",
-    "DyLoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby", "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe",
-    "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAXS", "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA",
-    "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "BOFT", "ETHER", "EVA", "IA3", "NOLA", "OFT", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA", "DeltaLoRA", "DiReFT",
+    "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby", "KRAdapter", "KronA", "KronAB", "LinAdapter",
+    "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "NormTuning", "ParallelAdapter",
+    "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip

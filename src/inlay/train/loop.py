@@ -14,8 +14,10 @@ from torch import Tensor
 
 from inlay.core import adapter as core
 from inlay.core.adapter import Adapter
+from inlay.core.calibrate import calibrate
 from inlay.core.checkpoint import TENSORS, load
 from inlay.core.errors import OptionError, near
+from inlay.core.statistics import starts_from_data
 from inlay.evaluate.metrics import NAMES, PRIMARY, better
 from inlay.evaluate.predict import Source, elements, measure
 from inlay.recipe import Recipe, as_dict
@@ -145,6 +147,20 @@ class Run:
         self.source: Source
         self.saved_bytes, self.step_bytes = self.memory()
         self.state, self.best = self.checkpoints.restore()
+        if self.state.step == 0 and any(starts_from_data(level.method) for level in adapter.levels):
+            self.calibrate()
+
+    def calibrate(self) -> None:
+        """Methods that start from data see the batches that training begins with."""
+        recipe, work = self.recipe, self.work
+        steps = range(math.ceil(recipe.calibration / recipe.accumulate))
+        rows = [part for number in steps for part in split(self.order.step(number), recipe.batch)]
+        batches = (work.batch("train", part) for part in rows[: recipe.calibration])
+        self.progress.say(f"calibrating on up to {recipe.calibration} batches")
+        with work.computing():
+            found = calibrate(self.model, batches)
+        self.progress.say(str(found))
+        self.state.seconds += found.seconds
 
     # ------------------------------------------------------------------ the loop
     def go(self) -> None:

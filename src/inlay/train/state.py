@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from inlay.core.calibrate import fit
 from inlay.core.errors import InlayError
 from inlay.core.files import atomic, canonical, tensors_digest
 from inlay.recipe import Settings, as_dict
@@ -126,7 +127,8 @@ def snapshot(own: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_into(own: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The reverse of `snapshot`; shapes and names must fit."""
+    """The reverse of `snapshot`; shapes and names must fit, but for those that a calibration chose."""
+    fit(own, tensors)
     target = own.state_dict()
     if {n: t.shape for n, t in target.items()} != {n: t.shape for n, t in tensors.items()}:
         raise TrainError("the checkpoint holds other tensors than this recipe trains: was inlay updated meanwhile?")

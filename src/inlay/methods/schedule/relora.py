@@ -10,6 +10,7 @@ from inlay.core.errors import AdapterError, SiteError
 from inlay.core.matrices import LowRank
 from inlay.core.method import option, register
 from inlay.core.sites import Site
+from inlay.core.statistics import starts_from_data
 from inlay.methods.schedule.nested import OverLowRank
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class ReLoRA(OverLowRank):
         first, bias = self.inner(), site.bias
         if self.of.bias_of(bias) is not bias:
             raise SiteError(f"{self.label()} begins B A anew, not a bias: leave the bias of {self.of.label()} out")
+        if starts_from_data(self.of):
+            raise SiteError(f"{self.label()} begins B A anew in the middle of a run, without the data to start it from")
         d_out, d_in = first.shape
         self.register_buffer("frozen_B", first.B.new_zeros(d_out, self.restarts * first.rank))
         self.register_buffer("frozen_A", first.A.new_zeros(self.restarts * first.rank, d_in))

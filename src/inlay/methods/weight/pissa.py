@@ -2,19 +2,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import nn
-
-from inlay.core.errors import OptionError
-from inlay.core.matrices import LowRank
 from inlay.core.method import option, register
 from inlay.core.sites import Site
 from inlay.core.spectrum import svd
-from inlay.methods.weight.ranked import Ranked
+from inlay.methods.weight.residual import Residual
 
 
 @register
-class PiSSA(Ranked):
+class PiSSA(Residual):
     """W′ = W_res + s·B A,  W_res = W − s·B₀A₀.
 
     B₀ = U_r √(Σ_r/s) and A₀ = √(Σ_r/s) V_rᵀ from the r largest singular values of W; B (d_out, r) and A (r, d_in)
@@ -30,21 +25,7 @@ class PiSSA(Ranked):
         default=4, doc="subspace iterations of the randomised SVD of large matrices; 0: exact", low=0
     )
 
-    def validate(self) -> None:
-        if not self.alpha:
-            raise OptionError(f"{self.label()}: with alpha=0 no update is left, and Σ/s has no value")
-
     def build(self, site: Site) -> None:
         U, S, V = svd(site.weight, self.r, self.iterations)
         root = (S / self.scale).sqrt()
-        B, A = (U * root).to(site.dtype), (V * root).T.contiguous().to(site.dtype)
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.register_buffer("A0", A.clone())
-        self.register_buffer("B0", B.clone())
-
-    def count(self, site: Site) -> int:
-        return min(self.r, *site.shape) * (site.d_in + site.d_out)
-
-    def delta(self) -> LowRank:
-        A0, B0 = self.get_buffer("A0"), self.get_buffer("B0")
-        return LowRank(torch.cat([self.B - B0, B0], 1), torch.cat([self.A, self.A - A0]), self.scale)
+        self.begin_at(site, U * root, (V * root).T)

@@ -1,0 +1,351 @@
+"""One pass over data for every method that starts from it.
+
+The network runs as it is without what is being calibrated, in evaluation mode. Inputs are seen by hooks, gradients are
+taken from each tensor the moment the backward pass has them, so no activation outlives its batch and no two gradients
+of base tensors exist at once. Modules that are given the very same tensor (query, key and value) share one statistic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.adapter import attached
+from inlay.core.calls import first
+from inlay.core.container import Inlay
+from inlay.core.errors import AdapterError, CalibrationError
+from inlay.core.method import Method
+from inlay.core.mount import Level
+from inlay.core.sharded import is_sharded
+from inlay.core.sites import QuantisedHost, Site
+from inlay.core.statistics import Calibrated, Gradient, InputStatistic, Statistic, starts_from_data
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration did; printed, one line."""
+
+    places: int
+    batches: int
+    samples: int
+    """Input vectors of the place that saw the most; batches where gradients alone were wanted."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"calibrated {self.places} places on {self.batches} batches in {self.seconds:.1f} s"
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Calibration:
+    """Let the active methods that start from data (EVA, CorDA, LoRA-SB) see some: one pass for all of them.
+
+    Call it after `inlay.adapt`, before the first training step and before DistributedDataParallel or FSDP2 wrap the
+    model; in several processes with the same batches in each. Trained tensors keep their identity, so an optimizer made
+    before still holds them. Doing it again begins anew. The result depends on the batches alone: no random numbers.
+
+    Args:
+        model: a model with adapters.
+        batches: what the model is called with, on its device: mappings of keyword arguments, tuples of positional
+            ones, or single tensors. Taken one after the other until no method needs more.
+        loss: (output, batch) ↦ scalar for methods that want gradients; by default the output's own `loss`, as
+            transformers' models give when the batch has labels.
+        progress: called after each batch with how many are done and how many there are, None where that is not known.
+
+    Raises:
+        CalibrationError: nothing to calibrate, no batch, no loss, statistics that are not finite or too few vectors
+        for a rank.  AdapterError: adapters are merged, or tensors spread over processes. Nothing is changed then.
+    """
+    inlay, started = attached(model), time.perf_counter()
+    methods = wanting(inlay)
+    if inlay.state.merged_names:
+        raise AdapterError(f"{list(inlay.state.merged_names)} are merged into the base: unmerge before calibrating")
+    if any(is_sharded(p) for p in model.parameters()):
+        raise AdapterError("the model is spread over processes already: calibrate first, then call fully_shard")
+    if isinstance(batches, Mapping | Tensor):
+        raise CalibrationError("calibrate takes several batches: put a single one in a list")
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(resting(inlay, methods))
+        watch = Watch(inlay, methods, stack)
+        total, done = len(batches) if isinstance(batches, Sized) else None, 0
+        for batch in batches:
+            watch.see(model, batch, loss)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+            if watch.settled:
+                break
+        if not done:
+            raise CalibrationError("there was no batch to calibrate with")
+        found = watch.found()
+    with torch.no_grad(), plain_arithmetic(inlay.device), all_or_nothing(inlay):
+        tensors = {method: method.calibrated(found) for method in methods}
+        for method in methods:
+            put(method, tensors[method] | {"samples": torch.tensor(found[method].samples)})
+        rebuild(inlay, methods)
+    samples = max(statistic.samples for statistic in found.values())
+    return Calibration(len(methods), done, samples, time.perf_counter() - started)
+
+
+def wanting(inlay: Inlay) -> list[Calibrated]:
+    """The active methods that start from data; CalibrationError where there is none."""
+    levels = [level for name in inlay.active for level in inlay.levels(name)]
+    found = {id(m): m for level in levels for m in level.method.modules() if isinstance(m, Calibrated)}
+    if not found:
+        names = ", ".join(dict.fromkeys(type(level.method).__name__ for level in levels)) or "none"
+        raise CalibrationError(f"no active method starts from data (active: {names}): there is nothing to calibrate")
+    return list(found.values())
+
+
+# ---------------------------------------------------------------------- the pass
+class Watch:
+    """Feeds every method's statistic while batches go through the network."""
+
+    def __init__(self, inlay: Inlay, methods: list[Calibrated], stack: ExitStack) -> None:
+        self.inlay, self.methods = inlay, methods
+        self.statistics: dict[tuple[str, tuple], InputStatistic] = {}
+        """By module path and kind; the same one at modules that are given the same tensor."""
+        self.gradients: dict[tuple[str, str], Gradient] = {}
+        """By module path and tensor name."""
+        self.recent: Tensor | None = None
+        """The tensor that the last module was given, and which statistics have seen it."""
+        self.fed: dict[tuple, InputStatistic] = {}
+        for site, kinds in self.inputs().values():
+            hook = self.reader(site, kinds)
+            stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for method in methods:
+            site = method.site
+            if method.wants_gradient and (site.path, site.param) not in self.gradients:
+                self.gradients[site.path, site.param] = gradient = Gradient()
+                if isinstance(site.host, QuantisedHost):
+                    stack.callback(site.module.register_forward_hook(product_of(gradient), with_kwargs=True).remove)
+                else:
+                    stack.enter_context(taken(site.parameter, gradient))
+
+    def inputs(self) -> dict[str, tuple[Site, dict[tuple, Callable[[], Statistic]]]]:
+        """Which statistics of its input each module is asked for: by path, by kind, how to make one."""
+        asked: dict[str, tuple[Site, dict[tuple, Callable[[], Statistic]]]] = {}
+        for method in self.methods:
+            if not method.wants_gradient:
+                asked.setdefault(method.site.path, (method.site, {}))[1][kind_of(method)] = method.statistic
+        return asked
+
+    def reader(self, site: Site, kinds: dict[tuple, Callable[[], Any]]) -> Callable[..., None]:
+        """The hook of a module that is asked for statistics of these kinds."""
+
+        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = first(args, kwargs)
+            if x is not self.recent:
+                self.recent, self.fed = x, {}
+            vectors = None
+            for kind, make in kinds.items():
+                if kind in self.fed:  # the module before has been given the same tensor
+                    self.statistics.setdefault((site.path, kind), self.fed[kind])
+                    continue
+                statistic = self.statistics.setdefault((site.path, kind), make())
+                if vectors is None:
+                    vectors = self.real(site, x.detach())
+                if len(vectors):
+                    with plain_arithmetic(x.device):
+                        statistic.add(vectors)
+                self.fed[kind] = statistic
+
+        return read
+
+    def real(self, site: Site, x: Tensor) -> Tensor:
+        """The vectors of a module's input without those of padded tokens."""
+        assert site.host is not None
+        vectors, mask = site.host.vectors(site.module, x).float(), self.inlay.call.mask
+        if mask is None or mask.numel() != len(vectors):  # no tokens here: a map, one vector per row
+            return vectors
+        return vectors[mask.flatten().to(vectors.device)]
+
+    def see(self, model: nn.Module, batch: Any, loss: Loss | None) -> None:
+        """One batch forwards, and backwards where gradients are wanted."""
+        with torch.set_grad_enabled(bool(self.gradients)):
+            if isinstance(batch, Mapping):
+                output = model(**batch)
+            elif isinstance(batch, Tensor):
+                output = model(batch)
+            else:
+                output = model(*batch)
+            self.recent, self.fed = None, {}
+            if self.gradients:
+                value_of(output, batch, loss).backward()
+
+    @property
+    def settled(self) -> bool:
+        """Whether no statistic needs more batches."""
+        return not self.gradients and all(statistic.settled for statistic in self.statistics.values())
+
+    def found(self) -> dict[Method, Statistic]:
+        """Every method's statistic; CalibrationError where one has seen nothing, or something that is not finite."""
+        found: dict[Method, Statistic] = {}
+        for method in self.methods:
+            site = method.site
+            statistic: Statistic | None = (
+                self.gradients[site.path, site.param]
+                if method.wants_gradient
+                else self.statistics.get((site.path, kind_of(method)))
+            )
+            if statistic is None or not statistic.samples:
+                raise CalibrationError(f"the batches never came through '{site.path}', where {method.label()} is")
+            if not statistic.finite():
+                what = "gradients" if method.wants_gradient else "inputs"
+                raise CalibrationError(f"the {what} at '{site.path}' are not all finite: look at the batches")
+            found[method] = statistic
+        return found
+
+
+def kind_of(method: Calibrated) -> tuple:
+    """What tells one statistic of an input from another."""
+    statistic = method.statistic()
+    assert isinstance(statistic, InputStatistic)
+    return statistic.kind
+
+
+def value_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
+    """The loss of a batch; CalibrationError where there is none."""
+    value = output.get("loss") if loss is None and isinstance(output, Mapping) else None
+    if loss is not None:
+        value = loss(output, batch)
+    if value is None:
+        raise CalibrationError(
+            "gradients are wanted, but the model's output has no loss: give batches with labels, or calibrate(…, "
+            "loss=lambda output, batch: …)"
+        )
+    return value
+
+
+@contextmanager
+def taken(p: Tensor, gradient: Gradient) -> Iterator[None]:
+    """Gradients of a frozen tensor go to a statistic as soon as they are there, and are not kept."""
+
+    def take(p: Tensor) -> None:
+        assert p.grad is not None
+        gradient.add(p.grad)
+        p.grad = None
+
+    before = p.requires_grad
+    p.requires_grad_(True)
+    handle = p.register_post_accumulate_grad_hook(take)
+    try:
+        yield
+    finally:
+        handle.remove()
+        p.requires_grad_(before)
+
+
+def product_of(gradient: Gradient) -> Callable[..., None]:
+    """The hook of a layer whose own tensor cannot have a gradient, being quantised: that of W is (∂loss/∂y)ᵀ x."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
+        x = first(args, kwargs).detach()
+        if not y.requires_grad:
+            y.requires_grad_()
+        y.register_hook(lambda g: gradient.add(g.flatten(0, -2).float().T @ x.flatten(0, -2).float()))
+
+    return hook
+
+
+# ---------------------------------------------------------------------- around the pass
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module is back in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def resting(inlay: Inlay, methods: list[Calibrated]) -> Iterator[None]:
+    """Take what is being calibrated out of the network; all else that is active acts (the task head does)."""
+    wanted = {id(method) for method in methods}
+
+    def rests(level: Level) -> bool:
+        return any(id(m) in wanted for m in level.method.modules())
+
+    held = [(mount, mount.levels) for mount in inlay.everything]
+    for mount, levels in held:
+        mount.levels = {name: [lv for lv in stack if not rests(lv)] for name, stack in levels.items()}
+    try:
+        with inlay.only(*inlay.active):
+            yield
+    finally:
+        for mount, levels in held:
+            mount.levels = levels
+
+
+def plain_arithmetic(device: torch.device) -> torch.autocast:
+    """No autocast: statistics are in float32 whatever the network computes in."""
+    return torch.autocast(device.type, enabled=False)
+
+
+# ---------------------------------------------------------------------- putting tensors in their place
+def put(method: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a method's tensors these numbers and shapes; they stay the same objects, types and devices."""
+    own = dict(method.named_parameters()) | dict(method.named_buffers())
+    for name, t in tensors.items():
+        own[name].data = t.to(own[name].device, own[name].dtype, copy=True).contiguous()
+
+
+@contextmanager
+def all_or_nothing(inlay: Inlay) -> Iterator[None]:
+    """Adapters have their tensors back, as they were, when the context ends with an error."""
+    held = [(t, t.data) for t in (*inlay.adapters.parameters(), *inlay.adapters.buffers())]
+    try:
+        yield
+    except BaseException:
+        for t, data in held:
+            t.data = data
+        raise
+
+
+def rebuild(inlay: Inlay, methods: list[Calibrated]) -> None:
+    """Build what is made of the calibrated methods again, on top of what they are now; innermost first."""
+    calibrated = {id(method) for method in methods}
+    for name in inlay.active:
+        for root in {id(level.method): level.method for level in inlay.levels(name)}.values():
+            for outer in reversed([m for m in root.modules() if isinstance(m, Method)]):
+                if id(outer) not in calibrated and any(id(m) in calibrated for m in outer.modules()):
+                    put(outer, own_tensors(outer))
+
+
+def own_tensors(outer: Method) -> dict[str, Tensor]:
+    """The tensors that a method would begin with on what it is made of, without those of the latter."""
+    twin = type(outer)(**outer.fields())
+    twin.__dict__["_site"] = outer.site
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        twin.build(outer.site)
+    inner = {id(t) for m in twin.modules() if isinstance(m, Method) and m is not twin
+             for t in (*m.parameters(), *m.buffers())}  # fmt: skip
+    named = [*twin.named_parameters(), *twin.named_buffers()]
+    return {name: t.detach() for name, t in named if id(t) not in inner}
+
+
+def fit(own: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give what calibration may have resized the shapes of these tensors, named as in the state dict of `own`."""
+    for slot, root in own.named_children():
+        if isinstance(root, Method) and starts_from_data(root):
+            for name, t in (*root.named_parameters(), *root.named_buffers()):
+                kept = tensors.get(f"{slot}.{name}")
+                if kept is not None and kept.shape != t.shape:
+                    t.data = t.new_empty(kept.shape)
