@@ -157,7 +157,7 @@ class Watch:
                     continue
                 statistic = self.statistics.setdefault((site.path, kind), make())
                 if vectors is None:
-                    vectors = self.real(site, x.detach())
+                    vectors = finite(self.real(site, x.detach()), "inputs", site)
                 if len(vectors):
                     with plain_arithmetic(x.device):
                         statistic.add(vectors)
@@ -203,11 +203,17 @@ class Watch:
             )
             if statistic is None or not statistic.samples:
                 raise CalibrationError(f"the batches never came through '{site.path}', where {method.label()} is")
-            if not statistic.finite():
-                what = "gradients" if method.wants_gradient else "inputs"
-                raise CalibrationError(f"the {what} at '{site.path}' are not all finite: look at the batches")
+            if isinstance(statistic, Gradient) and statistic.total is not None:
+                finite(statistic.total, "gradients", site)
             found[method] = statistic
         return found
+
+
+def finite(t: Tensor, what: str, site: Site) -> Tensor:
+    """t, or CalibrationError where a number of it is infinite or none."""
+    if not t.isfinite().all():
+        raise CalibrationError(f"the {what} at '{site.path}' are not all finite: look at the batches")
+    return t
 
 
 def kind_of(method: Calibrated) -> tuple:
@@ -276,13 +282,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def resting(inlay: Inlay, methods: list[Calibrated]) -> Iterator[None]:
-    """Take what is being calibrated out of the network; all else that is active acts (the task head does)."""
+    """Take what is being calibrated out of the network; all else that is active acts, and trains nothing now."""
     wanted = {id(method) for method in methods}
 
     def rests(level: Level) -> bool:
         return any(id(m) in wanted for m in level.method.modules())
 
+    asking = [p for p in inlay.parameters() if p.requires_grad]
     held = [(mount, mount.levels) for mount in inlay.everything]
+    for p in asking:
+        p.requires_grad_(False)
     for mount, levels in held:
         mount.levels = {name: [lv for lv in stack if not rests(lv)] for name, stack in levels.items()}
     try:
@@ -291,6 +300,8 @@ def resting(inlay: Inlay, methods: list[Calibrated]) -> Iterator[None]:
     finally:
         for mount, levels in held:
             mount.levels = levels
+        for p in asking:
+            p.requires_grad_(True)
 
 
 def plain_arithmetic(device: torch.device) -> torch.autocast:

@@ -18,7 +18,7 @@ from inlay.core.sites import Site, hollow
 from inlay.core.spectrum import OVERSAMPLING, svd
 
 
-class Statistic(ABC):
+class Statistic:
     """Something about one place in the network, over all batches so far."""
 
     samples: int = 0
@@ -26,12 +26,8 @@ class Statistic(ABC):
     settled: bool = False
     """Whether more batches would hardly change it."""
 
-    @abstractmethod
-    def finite(self) -> bool:
-        """Whether all its numbers are."""
 
-
-class InputStatistic(Statistic):
+class InputStatistic(Statistic, ABC):
     """About the vectors x (d_in,) that a matrix acts on; padded tokens are left out."""
 
     @property
@@ -64,9 +60,6 @@ class Moment(InputStatistic):
         """C."""
         assert self.total is not None
         return self.total / self.samples
-
-    def finite(self) -> bool:
-        return self.total is not None and bool(self.total.isfinite().all())
 
 
 class Components(InputStatistic):
@@ -126,9 +119,6 @@ class Components(InputStatistic):
         assert self.values is not None
         return self.values[: self.k].square().double() / max(self.spread, 1e-300)
 
-    def finite(self) -> bool:
-        return self.vectors is not None and bool(self.vectors.isfinite().all()) and self.spread < float("inf")
-
 
 class Gradient(Statistic):
     """Σ over batches of ∂loss/∂p for a tensor p of the base, in the shape it is stored in, on the CPU."""
@@ -141,9 +131,6 @@ class Gradient(Statistic):
         part = gradient.detach().to("cpu", torch.float32)
         self.total = part.clone() if self.total is None else self.total.add_(part)
         self.samples += 1
-
-    def finite(self) -> bool:
-        return self.total is not None and bool(self.total.isfinite().all())
 
 
 # ---------------------------------------------------------------------- methods that want one
