@@ -645,3 +645,19 @@ def test_resized_tensors_come_back_from_a_snapshot() -> None:
     load_into(other.inlay.adapters["default"], kept)
     assert equal(numbers(adapter), numbers(fresh))
     assert core.starts_from_data(at(fresh, "query"))
+
+
+def test_an_encoder_decoder_masks_its_encoder_alone() -> None:
+    """The mask that is given speaks of the encoder's tokens, even where the decoder has as many."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, vocab_size=60, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    batch = {"input_ids": torch.randint(1, 60, (3, 9)), "attention_mask": mask, "labels": torch.randint(1, 60, (3, 9))}
+    adapter = inlay.adapt(model, EVA(r=2), ("attn.q",))
+    inlay.calibrate(model, [batch])
+    seen = {level.site.name.partition(".")[0]: int(level.method.samples) for level in adapter.levels}
+    assert seen == {"encoder": 23, "decoder": 27}

@@ -169,8 +169,8 @@ class Watch:
         """The vectors of a module's input without those of padded tokens."""
         assert site.host is not None
         vectors, mask = site.host.vectors(site.module, x).float(), self.inlay.call.mask
-        if mask is None or mask.numel() != len(vectors):  # no tokens here: a map, one vector per row
-            return vectors
+        if mask is None or mask.numel() != len(vectors) or site.name.startswith("decoder."):
+            return vectors  # no tokens here (a map, one vector per row), or not those that the mask speaks of
         return vectors[mask.flatten().to(vectors.device)]
 
     def see(self, model: nn.Module, batch: Any, loss: Loss | None) -> None:

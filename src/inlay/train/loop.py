@@ -156,9 +156,16 @@ class Run:
         steps = range(math.ceil(recipe.calibration / recipe.accumulate))
         rows = [part for number in steps for part in split(self.order.step(number), recipe.batch)]
         batches = (work.batch("train", part) for part in rows[: recipe.calibration])
-        self.progress.say(f"calibrating on up to {recipe.calibration} batches")
+        told = time.perf_counter()
+
+        def tell(done: int, total: int | None) -> None:
+            nonlocal told
+            if time.perf_counter() - told > 5:
+                self.progress.say(f"calibrating: batch {done} of {recipe.calibration}")
+                told = time.perf_counter()
+
         with work.computing():
-            found = calibrate(self.model, batches)
+            found = calibrate(self.model, batches, progress=tell)
         self.progress.say(str(found))
         self.state.seconds += found.seconds
 

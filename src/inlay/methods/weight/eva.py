@@ -78,6 +78,7 @@ class EVA(Calibrated, Ranked):
         return int((owners[best] == peers.index(self)).sum())
 
     def specification(self) -> dict[str, Any]:
-        if "_site" not in self.__dict__ or len(self.A) == self.wanted(self.site):
+        if "_site" not in self.__dict__:
             return super().specification()
-        return {**super().specification(), "rank": len(self.A)}
+        rank = len(self.A)
+        return {**super().specification(), "rank": None if rank == self.wanted(self.site) else rank}
