@@ -1,8 +1,7 @@
 """One pass over data for every method that starts from it.
 
-The network runs as it is without what is being calibrated, in evaluation mode. Inputs are seen by hooks, gradients are
-taken from each tensor the moment the backward pass has them, so no activation outlives its batch and no two gradients
-of base tensors exist at once. Modules that are given the very same tensor (query, key and value) share one statistic.
+The network runs as it is without what is being calibrated, in evaluation mode, and `inlay.core.watch` looks on. What
+the methods make of it is put in place all together or not at all.
 """
 
 from __future__ import annotations
@@ -17,16 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import attached
-from inlay.core.calls import first
 from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, CalibrationError
 from inlay.core.method import Method
 from inlay.core.mount import Level
 from inlay.core.sharded import is_sharded
-from inlay.core.sites import QuantisedHost, Site
-from inlay.core.statistics import Calibrated, Gradient, InputStatistic, Statistic, starts_from_data
-
-Loss = Callable[[Any, Any], Tensor]
+from inlay.core.statistics import Calibrated, starts_from_data
+from inlay.core.watch import Loss, Watch, plain_arithmetic
 
 
 @dataclass(frozen=True)
@@ -110,163 +106,6 @@ def wanting(inlay: Inlay) -> list[Calibrated]:
     return list(found.values())
 
 
-# ---------------------------------------------------------------------- the pass
-class Watch:
-    """Feeds every method's statistic while batches go through the network."""
-
-    def __init__(self, inlay: Inlay, methods: list[Calibrated], stack: ExitStack) -> None:
-        self.inlay, self.methods = inlay, methods
-        self.statistics: dict[tuple[str, tuple], InputStatistic] = {}
-        """By module path and kind; the same one at modules that are given the same tensor."""
-        self.gradients: dict[tuple[str, str], Gradient] = {}
-        """By module path and tensor name."""
-        self.recent: Tensor | None = None
-        """The tensor that the last module was given, and which statistics have seen it."""
-        self.fed: dict[tuple, InputStatistic] = {}
-        for site, kinds in self.inputs().values():
-            hook = self.reader(site, kinds)
-            stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for method in methods:
-            site = method.site
-            if method.wants_gradient and (site.path, site.param) not in self.gradients:
-                self.gradients[site.path, site.param] = gradient = Gradient()
-                if isinstance(site.host, QuantisedHost):
-                    stack.callback(site.module.register_forward_hook(product_of(gradient), with_kwargs=True).remove)
-                else:
-                    stack.enter_context(taken(site.parameter, gradient))
-
-    def inputs(self) -> dict[str, tuple[Site, dict[tuple, Callable[[], Statistic]]]]:
-        """Which statistics of its input each module is asked for: by path, by kind, how to make one."""
-        asked: dict[str, tuple[Site, dict[tuple, Callable[[], Statistic]]]] = {}
-        for method in self.methods:
-            if not method.wants_gradient:
-                asked.setdefault(method.site.path, (method.site, {}))[1][kind_of(method)] = method.statistic
-        return asked
-
-    def reader(self, site: Site, kinds: dict[tuple, Callable[[], Any]]) -> Callable[..., None]:
-        """The hook of a module that is asked for statistics of these kinds."""
-
-        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = first(args, kwargs)
-            if x is not self.recent:
-                self.recent, self.fed = x, {}
-            vectors = None
-            for kind, make in kinds.items():
-                if kind in self.fed:  # the module before has been given the same tensor
-                    self.statistics.setdefault((site.path, kind), self.fed[kind])
-                    continue
-                statistic = self.statistics.setdefault((site.path, kind), make())
-                if vectors is None:
-                    vectors = finite(self.real(site, x.detach()), "inputs", site)
-                if len(vectors):
-                    with plain_arithmetic(x.device):
-                        statistic.add(vectors)
-                self.fed[kind] = statistic
-
-        return read
-
-    def real(self, site: Site, x: Tensor) -> Tensor:
-        """The vectors of a module's input without those of padded tokens."""
-        assert site.host is not None
-        vectors, mask = site.host.vectors(site.module, x).float(), self.inlay.call.mask
-        if mask is None or mask.numel() != len(vectors) or site.name.startswith("decoder."):
-            return vectors  # no tokens here (a map, one vector per row), or not those that the mask speaks of
-        return vectors[mask.flatten().to(vectors.device)]
-
-    def see(self, model: nn.Module, batch: Any, loss: Loss | None) -> None:
-        """One batch forwards, and backwards where gradients are wanted."""
-        with torch.set_grad_enabled(bool(self.gradients)):
-            if isinstance(batch, Mapping):
-                output = model(**batch)
-            elif isinstance(batch, Tensor):
-                output = model(batch)
-            else:
-                output = model(*batch)
-            self.recent, self.fed = None, {}
-            if self.gradients:
-                value_of(output, batch, loss).backward()
-
-    @property
-    def settled(self) -> bool:
-        """Whether no statistic needs more batches."""
-        return not self.gradients and all(statistic.settled for statistic in self.statistics.values())
-
-    def found(self) -> dict[Method, Statistic]:
-        """Every method's statistic; CalibrationError where one has seen nothing, or something that is not finite."""
-        found: dict[Method, Statistic] = {}
-        for method in self.methods:
-            site = method.site
-            statistic: Statistic | None = (
-                self.gradients[site.path, site.param]
-                if method.wants_gradient
-                else self.statistics.get((site.path, kind_of(method)))
-            )
-            if statistic is None or not statistic.samples:
-                raise CalibrationError(f"the batches never came through '{site.path}', where {method.label()} is")
-            if isinstance(statistic, Gradient) and statistic.total is not None:
-                finite(statistic.total, "gradients", site)
-            found[method] = statistic
-        return found
-
-
-def finite(t: Tensor, what: str, site: Site) -> Tensor:
-    """t, or CalibrationError where a number of it is infinite or none."""
-    if not t.isfinite().all():
-        raise CalibrationError(f"the {what} at '{site.path}' are not all finite: look at the batches")
-    return t
-
-
-def kind_of(method: Calibrated) -> tuple:
-    """What tells one statistic of an input from another."""
-    statistic = method.statistic()
-    assert isinstance(statistic, InputStatistic)
-    return statistic.kind
-
-
-def value_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
-    """The loss of a batch; CalibrationError where there is none."""
-    value = output.get("loss") if loss is None and isinstance(output, Mapping) else None
-    if loss is not None:
-        value = loss(output, batch)
-    if value is None:
-        raise CalibrationError(
-            "gradients are wanted, but the model's output has no loss: give batches with labels, or calibrate(…, "
-            "loss=lambda output, batch: …)"
-        )
-    return value
-
-
-@contextmanager
-def taken(p: Tensor, gradient: Gradient) -> Iterator[None]:
-    """Gradients of a frozen tensor go to a statistic as soon as they are there, and are not kept."""
-
-    def take(p: Tensor) -> None:
-        assert p.grad is not None
-        gradient.add(p.grad)
-        p.grad = None
-
-    before = p.requires_grad
-    p.requires_grad_(True)
-    handle = p.register_post_accumulate_grad_hook(take)
-    try:
-        yield
-    finally:
-        handle.remove()
-        p.requires_grad_(before)
-
-
-def product_of(gradient: Gradient) -> Callable[..., None]:
-    """The hook of a layer whose own tensor cannot have a gradient, being quantised: that of W is (∂loss/∂y)ᵀ x."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
-        x = first(args, kwargs).detach()
-        if not y.requires_grad:
-            y.requires_grad_()
-        y.register_hook(lambda g: gradient.add(g.flatten(0, -2).float().T @ x.flatten(0, -2).float()))
-
-    return hook
-
-
 # ---------------------------------------------------------------------- around the pass
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -302,11 +141,6 @@ def resting(inlay: Inlay, methods: list[Calibrated]) -> Iterator[None]:
             mount.levels = levels
         for p in asking:
             p.requires_grad_(True)
-
-
-def plain_arithmetic(device: torch.device) -> torch.autocast:
-    """No autocast: statistics are in float32 whatever the network computes in."""
-    return torch.autocast(device.type, enabled=False)
 
 
 # ---------------------------------------------------------------------- putting tensors in their place
