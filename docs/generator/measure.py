@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.core.adapter import Adapter
-from inlay.core.errors import InlayError
+from inlay.core.errors import InlayError, OptionError
 from inlay.core.method import REGISTRY, Method, TokenMethod, method_class, method_from
-from inlay.core.options import options
+from inlay.core.options import Option, options
 from inlay.interop import peft
 
 from .places import PLACES, ROWS, Inputs, Place
@@ -47,8 +47,19 @@ def made_of(name: str) -> list[str]:
         for opt in options(REGISTRY[name]).values()
         if isinstance(opt.default, Method)
         for inner, cls in sorted(REGISTRY.items())
-        if issubclass(cls, opt.type) and not isinstance(opt.default, cls)
+        if takes(REGISTRY[name], opt, cls) and not isinstance(opt.default, cls)
     ]
+
+
+def takes(outer: type[Method], o: Option, inner: type[Method]) -> bool:
+    """Whether a method can be made of another, as the value of that option."""
+    if not issubclass(inner, o.type):
+        return False
+    try:
+        outer(**{o.name: inner()})
+    except OptionError:
+        return False
+    return True
 
 
 def measured(text: str) -> dict[str, Cell]:

@@ -8,11 +8,12 @@ from typing import Any
 from inlay.catalogue import describe
 from inlay.core.method import REGISTRY, Method, method_class
 from inlay.core.options import Option, options
+from inlay.core.statistics import Calibrated
 from inlay.interop.peft import FAMILIES
 
 from .counts import ARCHITECTURES, Count
 from .markdown import HEADER, Notes, code, linked, table
-from .measure import Cell
+from .measure import Cell, takes
 
 KINDS = {
     "input": "what goes into the model: pixels",
@@ -41,7 +42,7 @@ print(adapter)
 
 optimizer = torch.optim.AdamW(adapter.parameters(), lr={rate:g})
 ids, labels = torch.randint(100, (8, 16)), torch.randint(2, (8,))
-for k in range(3):
+{start}for k in range(3):
     loss = model(input_ids=ids, labels=labels).loss + inlay.penalty(model)
     loss.backward()
     optimizer.step()
@@ -49,6 +50,7 @@ for k in range(3):
 
 adapter.save("adapter")
 """
+START = 'inlay.calibrate(model, [{"input_ids": ids, "labels": labels}])  # in earnest several batches of real data\n'
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
 MERGED = "adapter.merge()  # the network is an ordinary one again; adapter.unmerge() takes it back\n"
 
@@ -71,6 +73,8 @@ def method_page(name: str, counts: Counts, row: dict[str, Cell]) -> str:
     page = f"{HEADER}# {cls.__name__}\n\n> {cls.equation()}\n\n{table(['', ''], facts)}\n"
     page += linked(about["description"]) + "\n"
     page += "\nWhat works at which kind of place: [support](../support.md).\n"
+    if issubclass(cls, Calibrated):
+        page += "\nHow it comes to see data: [calibration](../calibration.md).\n"
     page += shared_text(cls) + option_table(cls) + composes(cls) + size(name, counts)
     page += "\n## In Python\n\n```python\n" + snippet(cls) + "```\n"
     return page + "\n## On the command line\n\n" + command_lines(cls, counts)
@@ -115,12 +119,12 @@ def composes(cls: type[Method]) -> str:
     lines = []
     for o in options(cls).values():
         if isinstance(o.default, Method):
-            fits = [(n, c) for n, c in sorted(REGISTRY.items()) if issubclass(c, o.type)]
+            fits = [(n, c) for n, c in sorted(REGISTRY.items()) if takes(cls, o, c)]
             listed = ", ".join(f"[`{o.name}={c.__name__}()`]({n}.md)" for n, c in fits)
             lines.append(f"`{o.name}` takes any method with a structured update: {listed}.")
     for _, other in sorted(REGISTRY.items()):
         for o in options(other).values():
-            if isinstance(o.default, Method) and issubclass(cls, o.type):
+            if isinstance(o.default, Method) and takes(other, o, cls):
                 call = f"`{other.__name__}({o.name}={cls.__name__}())`"
                 lines.append(f"Fits into [{other.__name__}]({other.name()}.md): {call}.")
     return "\n## Made of methods\n\n" + "\n\n".join(lines) + "\n" if lines else ""
@@ -156,6 +160,7 @@ def snippet(cls: type[Method]) -> str:
     imports = sorted({cls.__name__, *([type(o.default).__name__] if o and isinstance(o.default, Method) else [])})
     call = f"{cls.__name__}({o.name}={shown(o.default)})" if o else f"{cls.__name__}()"
     text = SNIPPET.format(imports=", ".join(imports), call=call, rate=cls.learning_rate,
+                          start=START if issubclass(cls, Calibrated) else "",
                           step=STEP if cls.step is not Method.step else "")  # fmt: skip
     return text + (MERGED if cls.mergeable else "")
 

@@ -10,7 +10,7 @@ from calibration_bases import ALL, Batches, bert, gradient_of, inputs_of, senten
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.errors import SiteError
+from inlay.core.errors import OptionError
 from inlay.core.method import Method
 from inlay.core.statistics import Calibrated
 from inlay.methods import EVA, CorDA, DeltaLoRA, DoRA, DyLoRA, LoRASB, ReLoRA
@@ -166,8 +166,8 @@ def test_methods_made_of_calibrated_ones(outer: type[Method], inner: Method) -> 
 
 
 def test_relora_cannot_begin_such_a_method_anew() -> None:
-    with pytest.raises(SiteError, match="without the data to start it from"):
-        inlay.adapt(bert(), ReLoRA(of=EVA()))
+    with pytest.raises(OptionError, match="begins its update anew, without the data that EVA starts from"):
+        ReLoRA(of=EVA())
 
 
 def test_several_methods_are_served_by_one_pass() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.core.errors import AdapterError, SiteError
+from inlay.core.errors import AdapterError, OptionError, SiteError
 from inlay.core.matrices import LowRank
 from inlay.core.method import option, register
 from inlay.core.sites import Site
@@ -38,12 +38,15 @@ class ReLoRA(OverLowRank):
     )
     prune_by: Literal["random", "magnitude"] = option(default="random", doc="which moments: any, or the smallest")
 
+    def validate(self) -> None:
+        super().validate()
+        if starts_from_data(self.of):
+            raise OptionError(f"ReLoRA begins its update anew, without the data that {self.of.label()} starts from")
+
     def build(self, site: Site) -> None:
         first, bias = self.inner(), site.bias
         if self.of.bias_of(bias) is not bias:
             raise SiteError(f"{self.label()} begins B A anew, not a bias: leave the bias of {self.of.label()} out")
-        if starts_from_data(self.of):
-            raise SiteError(f"{self.label()} begins B A anew in the middle of a run, without the data to start it from")
         d_out, d_in = first.shape
         self.register_buffer("frozen_B", first.B.new_zeros(d_out, self.restarts * first.rank))
         self.register_buffer("frozen_A", first.A.new_zeros(self.restarts * first.rank, d_in))
