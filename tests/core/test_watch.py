@@ -100,6 +100,29 @@ def test_modules_with_the_same_input_share_a_statistic(monkeypatch: pytest.Monke
     assert calls == 2 * 2 * len(batches), "of each block one for queries, keys and values, one for the output"
 
 
+def test_convolutions_of_one_input_do_not_share_one() -> None:
+    """A residual block's 3×3 and 1×1 kernels read the same map in patches of their own."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.point, self.twin = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(x) + self.point(x) + self.twin(x)
+
+    x = torch.randn(4, 3, 6, 6)
+    adapter = inlay.adapt(Block(), [CorDA(r=2), EVA(r=2, rho=1.0)], ("wide", "point", "twin"))
+    inlay.calibrate(adapter.model, [x])
+    wide, point, twin = (next(lv.method for lv in adapter.levels if lv.site.path == n and isinstance(lv.method, EVA))
+                         for n in ("wide", "point", "twin"))  # fmt: skip
+    assert (wide.A.shape, point.A.shape) == ((2, 27), (2, 3))
+    assert torch.equal(point.A, twin.A)
+    pixels = x.movedim(1, -1).reshape(-1, 3)
+    Vh = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False).Vh
+    assert (point.A @ Vh[:2].T).abs().diag().min() > 1 - 1e-4
+
+
 def test_activations_do_not_outlive_their_batch() -> None:
     import weakref
 

@@ -18,7 +18,7 @@ from inlay.core.calls import first
 from inlay.core.container import Inlay
 from inlay.core.errors import CalibrationError
 from inlay.core.method import Method
-from inlay.core.sites import QuantisedHost, Site
+from inlay.core.sites import ConvHost, QuantisedHost, Site
 from inlay.core.statistics import Calibrated, Gradient, InputStatistic, Statistic
 
 Loss = Callable[[Any, Any], Tensor]
@@ -61,12 +61,11 @@ class Watch:
 
         def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = first(args, kwargs)
-            if x is not self.recent:
-                self.recent, self.fed = x, {}
+            fed = self.seen_by(site, x)
             vectors = None
             for kind, make in kinds.items():
-                if kind in self.fed:  # the module before has been given the same tensor
-                    self.statistics.setdefault((site.path, kind), self.fed[kind])
+                if kind in fed:  # the module before has been given the same tensor
+                    self.statistics.setdefault((site.path, kind), fed[kind])
                     continue
                 statistic = self.statistics.setdefault((site.path, kind), make())
                 if vectors is None:
@@ -74,9 +73,17 @@ class Watch:
                 if len(vectors):
                     with plain_arithmetic(x.device):
                         statistic.add(vectors)
-                self.fed[kind] = statistic
+                fed[kind] = statistic
 
         return read
+
+    def seen_by(self, site: Site, x: Tensor) -> dict[tuple, InputStatistic]:
+        """The statistics, by kind, that have seen this very input; of a convolution each sees patches of its own."""
+        if isinstance(site.host, ConvHost):
+            return {}
+        if x is not self.recent:
+            self.recent, self.fed = x, {}
+        return self.fed
 
     def real(self, site: Site, x: Tensor) -> Tensor:
         """The vectors of a module's input without those of padded tokens."""

@@ -24,7 +24,7 @@ class EVA(Calibrated, Ranked):
     """
 
     paper: ClassVar[str] = "Paischer et al. 2024, arXiv 2410.07170"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     rho: float = option(default=2.0, doc="ρ, ranks a place may get in units of r; 1: r everywhere", low=1.0)
     tau: float = option(
