@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import inlay
+from inlay.catalogue import names
 from inlay.core.adapter import Adapter
 from inlay.core.errors import InlayError
-from inlay.catalogue import names
 from inlay.core.method import REGISTRY, Method, TokenMethod, method_class, method_from
 from inlay.core.options import options
 from inlay.interop import peft
