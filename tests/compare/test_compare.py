@@ -121,6 +121,22 @@ def test_all_stands_for_every_method_no_other_row_trains(recipe: Make) -> None:
     assert labels == ["LoRA(r=2)", *others, "DoRA(of=VeRA(r=4))"]
 
 
+def test_a_base_that_does_the_task_already_is_measured_as_it_is(recipe: Make, tmp_path: Path) -> None:
+    limit = {"train": 4, "validation": 2, "test": 4}
+    fields = {
+        "model": "stories15m",
+        "data": "gsm8k",
+        "limit": limit,
+        "max_length": 64,
+        "steps": 1,
+        "output": str(tmp_path / "lm"),
+    }
+    result = compare(recipe(methods=["lora(r=2)"], **fields))
+    (said,) = [note for note in result.notes if note.startswith("The base without an adapter: loss ")]
+    assert float(said.split()[6].rstrip(",")) > 1.0
+    assert not any("without an adapter" in note for note in compare(recipe(methods=["lora(r=2)"])).notes)
+
+
 def test_settings_say_what_the_methods_bring(recipe: Make) -> None:
     (task,) = grid.tasks(recipe(methods=[{"dora": {"of": "vera(r=4)"}}], learning_rate=None), "data")
     assert task.settings["learning_rate"] == {"DoRA": DoRA.learning_rate, "VeRA": VeRA.learning_rate}
