@@ -28,15 +28,16 @@ class BeftFamily(Family):
 
     def read(self, reading: Reading) -> list[Part]:
         spec, paths, parts = BitFit(), reading.targets(), list[Part]()
+        for path in paths:
+            module = reading.model.get_submodule(path)
+            if not isinstance(module, nn.Linear) or module.bias is None:
+                raise CheckpointError(
+                    f"{reading.folder}: '{path}' cannot be read: it is no linear layer with a bias, which the trained "
+                    "offset could join"
+                )
         found = {site.key: site for site in reading.finder.sites(spec, [""], reading.dtype)}
         for path in paths:
-            offset = reading.take(f"{path}.beft_bias").flatten()
-            site = found.get(f"{path}.bias")
-            if site is None or not isinstance(site.module, nn.Linear):
-                raise CheckpointError(
-                    f"{reading.folder}: '{path}' cannot be read: it is no linear layer with a bias of its own, which "
-                    "the trained offset could join"
-                )
+            offset, site = reading.take(f"{path}.beft_bias").flatten(), found[f"{path}.bias"]
             parts.append(Part(spec, site, {"value": site.parameter.detach().to(offset) + offset}))
         for part in parts:
             part.site.peers = [other.site for other in parts]
