@@ -31,6 +31,7 @@ from inlay.methods import (
     ReLoRA,
     RoAd,
     VBLoRA,
+    VeRA,
 )
 
 QV = {"target_modules": ["query", "value"]}
@@ -224,9 +225,11 @@ OURS = {
     "glora": ("bert", GLoRA(r=2), ["attn.q", "mlp.up"], {}),
     "glora-plain": ("llama", GLoRA(r=2, A="none", B="none"), ["attn.q"], {}),
     "bitfit": ("bert", BitFit(norms=False), ["attn.q", "mlp"], {}),
+    "dvora": ("bert", DoRA(of=VeRA(r=6)), ["attn.q", "mlp.up"], {}),
     "dylora": ("bert", DyLoRA(of=LoRA(r=3, bias=True), rank=2), ["attn.q"], {}),
     "deltalora": ("bert", DeltaLoRA(of=LoRA(r=3)), ["attn.q"], {}),
     "relora": ("llama", ReLoRA(of=LoRA(r=2), restarts=2), ["attn.q"], {}),
+    "relora-vera": ("gpt2", ReLoRA(of=VeRA(r=3), restarts=2), ["attn.q", "attn.v"], {}),
     "loha-norms": ("bert", [LoHa(r=2).on("query"), Full().on("LayerNorm")], None, {"head": None}),
     "oft-biases": ("bert", [OFT(block_size=4).on("query"), BitFit()], None, {}),
 }  # fmt: skip

@@ -406,7 +406,7 @@ Make = Callable[[], inlay.Adapter]
 CANNOT: dict[str, tuple[Make, str]] = {
     "full": (lambda: inlay.adapt(BASES["bert"](), Full()), "no method for Full"),
     "bitfit": (lambda: inlay.adapt(BASES["bert"](), BitFit(), head=None), "BEFT trains biases of nn.Linear alone"),
-    "dvora": (lambda: inlay.adapt(BASES["bert"](), DoRA(of=VeRA(r=4))), "no counterpart of DoRA"),
+    "dora-lokr": (lambda: inlay.adapt(BASES["bert"](), DoRA(of=LoKr(r=1))), r"no counterpart of DoRA\(of=LoKr"),
     "two": (lambda: inlay.adapt(BASES["bert"](), [LoRA(), IA3()]), "one method per folder"),
     "some-biases": (lambda: inlay.adapt(BASES["bert"](), [LoRA().on("query"), BitFit(norms=False)]), "all biases"),
     "ia3-biases": (lambda: inlay.adapt(BASES["bert"](), [IA3(), BitFit()]), "trains no biases"),

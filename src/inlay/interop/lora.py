@@ -30,9 +30,9 @@ MHA = (
 class LoraFamily(Family):
     peft_type: ClassVar[str] = "LORA"
     note: ClassVar[str] = (
-        "LoRA, DoRA(of=LoRA): Linear, Conv1D, convolutions without groups, Embedding, stacks of experts; LoRA-FA, "
-        "LoRA-XS, NOLA, PiSSA, VB-LoRA, AdaLoRA, Delta-LoRA, DyLoRA and ReLoRA are written as the LoRA that their "
-        "update is"
+        "LoRA, DoRA(of=LoRA): Linear, Conv1D, convolutions without groups, Embedding, stacks of experts; other updates "
+        "of low rank (LoRA-FA, LoRA-XS, NOLA, PiSSA, DyLoRA, Delta-LoRA, ReLoRA, DoRA of VeRA) are written as the LoRA "
+        "that they are"
     )
     fields: ClassVar[tuple[Field, ...]] = (
         *COMMON, *TARGETS, *LAYERS, STORED_TRANSPOSED,

@@ -13,20 +13,8 @@ from inlay.core.method import DeltaMethod, Method
 from inlay.core.mount import Level
 from inlay.interop.family import cannot
 from inlay.interop.modules import pads_otherwise
-from inlay.methods.schedule.adalora import AdaLoRA
-from inlay.methods.schedule.deltalora import DeltaLoRA
-from inlay.methods.schedule.dylora import DyLoRA
-from inlay.methods.schedule.relora import ReLoRA
 from inlay.methods.weight.dora import DoRA
 from inlay.methods.weight.lora import LoRA
-from inlay.methods.weight.lorafa import LoRAFA
-from inlay.methods.weight.loraxs import LoRAXS
-from inlay.methods.weight.nola import NOLA
-from inlay.methods.weight.pissa import PiSSA
-from inlay.methods.weight.vblora import VBLoRA
-
-FOLDED = (LoRAFA, LoRAXS, NOLA, PiSSA, VBLoRA, AdaLoRA, DeltaLoRA, DyLoRA, ReLoRA)
-"""Methods whose update is of low rank: written, it is a LoRA like any other (PiSSA's has the rank 2r)."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -153,8 +141,9 @@ def together_magnitude(levels: Sequence[Level], W: Tensor) -> Tensor:
 
 
 def takes(method: Method) -> bool:
-    """Whether a method is a LoRA, can be written as one, or is a DoRA of such."""
-    return isinstance(inner(method), (LoRA, *FOLDED))
+    """Whether a method is a LoRA or a DoRA, or has another update of low rank, which is that of a LoRA."""
+    of = inner(method)
+    return isinstance(of, DeltaMethod) and isinstance(of.delta(), LowRank)
 
 
 def inner(method: Method) -> Method:

@@ -53,7 +53,7 @@ from inlay.methods.weight.full import Full
 FAMILIES: dict[str, Family] = {
     family.peft_type: family
     for family in (
-        AdaloraFamily(), VbloraFamily(), LoraFamily(), VeraFamily(), LohaFamily(), LokrFamily(), OftFamily(),
+        AdaloraFamily(), VbloraFamily(), VeraFamily(), LoraFamily(), LohaFamily(), LokrFamily(), OftFamily(),
         BoftFamily(), RoadFamily(), GloraFamily(), IA3Family(), NormFamily(), BeftFamily(), PromptFamily(),
         PrefixFamily(),
     )
