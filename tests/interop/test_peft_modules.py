@@ -185,7 +185,7 @@ def test_adalora_with_pruned_triplets(tmp_path: Path) -> None:
     adapter = inlay.load(plain, tmp_path / "theirs")
     close(base.output(plain), expected)
     ranks = {t.shape[0] for k, t in load_file(tmp_path / "theirs" / "adapter_model.safetensors").items() if "_E" in k}
-    assert len(ranks) > 1
+    assert {0, 1} <= ranks
     mine = [level.method for level in adapter.levels if isinstance(level.method, AdaLoRA)]
     assert {method.r for method in mine} == {max(r, 1) for r in ranks}
     write(adapter, tmp_path / "ours")

@@ -460,6 +460,9 @@ CANNOT: dict[str, tuple[Make, str]] = {
     ),
     "glora-kinds": (lambda: inlay.adapt(BASES["bert"](), GLoRA(A="vector"), ["attn.q"]), "one kind for A and B"),
     "svft": (lambda: inlay.adapt(BASES["bert"](), SVFT(), ["attn.q"]), "no counterpart of SVFT"),
+    "beft-out-proj": (
+        lambda: inlay.adapt(BASES["attention"](), BitFit(), ["attn.out_proj"], head=None), "'attn.out_proj.bias'",
+    ),
     "beft-in-proj": (lambda: inlay.adapt(BASES["attention"](), BitFit(), head=None), "'attn.in_proj_bias'"),
     "ia3-embedding": (lambda: inlay.adapt(BASES["llama"](), IA3(), ["embed"]), "IA3 on linear layers"),
     "inside-saved": (

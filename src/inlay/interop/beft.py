@@ -12,7 +12,6 @@ from inlay.core.method import Method
 from inlay.core.mount import Level
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import COMMON, SAVED, Field, Names, idle, need
-from inlay.interop.matching import saved_modules
 from inlay.methods.weight.bitfit import BitFit
 
 
@@ -27,35 +26,41 @@ class BeftFamily(Family):
         return isinstance(method, BitFit)
 
     def read(self, reading: Reading) -> list[Part]:
-        spec, paths, parts = BitFit(), reading.targets(), list[Part]()
+        spec, paths = BitFit(), reading.targets()
         for path in paths:
-            module = reading.model.get_submodule(path)
-            if not isinstance(module, nn.Linear) or module.bias is None:
+            if not takes_offset(reading.model, path):
                 raise CheckpointError(
                     f"{reading.folder}: '{path}' cannot be read: it is no linear layer with a bias, which the trained "
                     "offset could join"
                 )
         found = {site.key: site for site in reading.finder.sites(spec, [""], reading.dtype)}
-        for path in paths:
-            offset, site = reading.take(f"{path}.beft_bias").flatten(), found[f"{path}.bias"]
-            parts.append(Part(spec, site, {"value": site.parameter.detach().to(offset) + offset}))
-        for part in parts:
-            part.site.peers = [other.site for other in parts]
-        return parts
+        sites = [found[f"{path}.bias"] for path in paths]
+        for site in sites:
+            site.peers = sites
+        offsets = [reading.take(f"{path}.beft_bias").flatten() for path in paths]
+        return [
+            Part(spec, site, {"value": site.parameter.detach().to(offset) + offset})
+            for site, offset in zip(sites, offsets, strict=True)
+        ]
 
     def write(self, writing: Writing, levels: Sequence[Level]) -> None:
-        inside = saved_modules(writing.model, writing.saved)
         for level in levels:
             site = level.site
-            if not isinstance(site.module, nn.Linear) or site.param != "bias":
+            if site.param != "bias" or not takes_offset(writing.model, site.path):
                 raise cannot(
                     f"PEFT has no BitFit; its BEFT trains biases of nn.Linear alone, '{site.key}' is one of "
                     f"{type(site.module).__name__}"
                 )
             if site.ties:
                 raise cannot(f"'{site.key}' is also the bias of '{site.ties[0][0]}', which PEFT's BEFT would leave")
-            offset = level.method.get_parameter("value") - site.parameter
-            writing.tensors[f"{site.path}.beft_bias"] = offset[None]
-        paths = [level.site.path for level in levels if level.site.path not in inside]
+            writing.tensors[f"{site.path}.beft_bias"] = (level.method.get_parameter("value") - site.parameter)[None]
+        paths = [level.site.path for level in levels]
         writing.config |= {"target_modules": writing.targets(paths), "init_weights": True}
         writing.adapted += paths
+
+
+def takes_offset(model: nn.Module, path: str) -> bool:
+    """Whether a module is a linear layer with a bias, which is called itself (one of nn.MultiheadAttention is not)."""
+    module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    own = isinstance(module, nn.Linear) and not isinstance(parent, nn.MultiheadAttention)
+    return own and module._parameters.get("bias") is not None

@@ -51,18 +51,14 @@ class GloraFamily(ModuleFamily[GLoRA]):
         return {"r": r, "config_A_B": A, "config_C": C, "config_D_E": D, "init_weights": True}
 
     def tensors(self, method: GLoRA, site: Site) -> dict[str, Tensor]:
-        found = {}
         d_out, d_in = site.shape
         whole = {"A": (d_out, d_in), "B": (d_out, d_in), "C": (d_in, 1), "D": (d_out,), "E": (d_out,)}
-        own = dict(method.named_parameters())
+        own, kinds, found = dict(method.named_parameters()), method.fields(), dict[str, Tensor]()
         for name, shape in whole.items():
             parts = {end: own[f"{name}_{end}"] for end in "dux" if f"{name}_{end}" in own}
             for end, t in parts.items():
-                if end == "x":
-                    flat = name in "DE" or t.shape[0] == 1 != shape[0]
-                    found[f"glora_{name}.X"] = t.flatten() if flat else t
-                else:
-                    found[f"glora_{name}.X{end}"] = t
+                flat = end == "x" and (name in "DE" or kinds[name] == "constant")
+                found[f"glora_{name}.X{end.strip('x')}"] = t.flatten() if flat else t
             if not parts:
                 found[f"glora_{name}.zeros"] = torch.zeros(shape)
         return found
