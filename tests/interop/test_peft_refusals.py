@@ -254,7 +254,7 @@ PLACES: dict[str, tuple[str, peft.PeftConfig, str]] = {
     "oft-kernel": ("pixels", peft.OFTConfig(oft_block_size=4, target_modules=["square"]), "overlapping patches"),
     "boft-padding": ("padded", peft.BOFTConfig(boft_block_size=3, target_modules=["conv"]), "of zeros"),
     "adalora-groups": (
-        "pixels", peft.AdaLoraConfig(total_step=9, target_modules=["grouped"]), "convolutions with groups",
+        "pixels", peft.AdaLoraConfig(total_step=9, target_modules=["grouped"]), "without groups alone, this one has 2",
     ),
     "adalora-padding": ("padded", peft.AdaLoraConfig(total_step=9, target_modules=["conv"]), "padding_mode='reflect'"),
     "loha-attention": ("attention", peft.LoHaConfig(target_modules=["out_proj"]), "nn.Linear, Conv1d and Conv2d alone"),
@@ -450,7 +450,7 @@ CANNOT: dict[str, tuple[Make, str]] = {
         "blocks of one size",
     ),
     "boft-padding": (lambda: inlay.adapt(Padded(), BOFT(block_size=3, factors=1), ["conv"]), "of zeros"),
-    "boft-groups": (lambda: inlay.adapt(BASES["pixels"](), BOFT(factors=1), ["grouped"]), "groups, this one has 2"),
+    "boft-groups": (lambda: inlay.adapt(BASES["pixels"](), BOFT(factors=1), ["grouped"]), "without groups alone"),
     "road-rest": (lambda: inlay.adapt(BASES["bert"](), RoAd(group=6), ["attn.q"]), "no whole groups of 6"),
     "road-conv": (lambda: inlay.adapt(BASES["pixels"](), RoAd(), ["square"]), "nn.Linear alone"),
     "vblora-banks": (

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
 from inlay.core.method import Method
-from inlay.core.sites import ConvHost, Host, LinearHost, Site, TransposedHost
+from inlay.core.sites import Host, LinearHost, Site, TransposedHost
 from inlay.interop.family import Part, Reading, one_value
 from inlay.interop.fields import Field, idle, need, read, refuse
 from inlay.interop.lora import LoraFamily
 from inlay.interop.matching import tidy
-from inlay.interop.modules import ModuleFamily, alike, pads_otherwise
+from inlay.interop.modules import Convolution, ModuleFamily, alike, grouped, pads_otherwise
 from inlay.methods.schedule.adalora import AdaLoRA
 
 STEPS = 1000
@@ -46,20 +46,12 @@ class AdaloraFamily(ModuleFamily[AdaLoRA]):
         refuse("target_parameters", "PEFT has no AdaLoRA of parameters"),
         read("bias", str, "none", "'all' and 'lora_only' are BitFit beside it"),
     )  # fmt: skip
-    kind: ClassVar[type[Method]] = AdaLoRA
-    hosts: ClassVar[tuple[type[Host], ...]] = (LinearHost, TransposedHost, ConvHost)
+    kinds: ClassVar[tuple[type[Method], ...]] = (AdaLoRA,)
+    hosts: ClassVar[tuple[type[Host], ...]] = (LinearHost, TransposedHost)
+    convolutions: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
     places: ClassVar[str] = "nn.Linear, Conv1D and Conv2d"
-
-    def takes(self, method: Method) -> bool:
-        return super().takes(method) and method.site.rows is None and not self.differs(method.site)
-
-    def differs(self, site: Site) -> str:
-        module = site.module
-        if isinstance(module, nn.Conv1d | nn.Conv3d):
-            return f"PEFT has ADALORA on {self.places} alone, this is {type(module).__name__}"
-        if site.groups > 1:
-            return f"PEFT has no AdaLoRA on convolutions with groups, this one has {site.groups}"
-        return super().differs(site) or pads_otherwise(module)
+    checks: ClassVar[tuple[Callable[[Convolution], str], ...]] = (grouped, pads_otherwise)
+    or_lora: ClassVar[bool] = True
 
     def spec(self, reading: Reading) -> AdaLoRA:
         config = reading.config

@@ -26,7 +26,7 @@ class GloraFamily(ModuleFamily[GLoRA]):
         read("bias", str, "none", "'all' and 'glora_only' are BitFit beside GLoRA"),
         idle("init_weights", "the tensors are in the folder"),
     )  # fmt: skip
-    kind: ClassVar[type[Method]] = GLoRA
+    kinds: ClassVar[tuple[type[Method], ...]] = (GLoRA,)
 
     def spec(self, reading: Reading) -> GLoRA:
         weight, coupling, bias = (reading.config[f"config_{name}"] for name in ("A_B", "C", "D_E"))

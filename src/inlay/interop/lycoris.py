@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
 from inlay.core.method import Method
-from inlay.core.sites import ConvHost, Host, LinearHost, Site
+from inlay.core.sites import Site
 from inlay.interop.family import Part, Reading, cannot
 from inlay.interop.fields import COMMON, LAYERS, TARGETS, Field, idle, need, read, refuse
 from inlay.interop.matching import common, tidy, value_at
-from inlay.interop.modules import ModuleFamily, alike, no_dropout, pads_otherwise
+from inlay.interop.modules import Convolution, ModuleFamily, alike, no_dropout, pads_otherwise
 from inlay.methods.weight.krona import KronA
 from inlay.methods.weight.kronecker import divisors, split
 from inlay.methods.weight.loha import LoHa
@@ -34,14 +34,10 @@ C = TypeVar("C", bound=Cored)
 class LycorisFamily(ModuleFamily[C]):
     """Either: tensors by the names in `names`, ranks and scales by pattern."""
 
-    hosts: ClassVar[tuple[type[Host], ...]] = (LinearHost, ConvHost)
+    convolutions: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d)
     places: ClassVar[str] = "nn.Linear, Conv1d and Conv2d"
+    checks: ClassVar[tuple[Callable[[Convolution], str], ...]] = (pads_otherwise,)
     names: ClassVar[Mapping[str, str]]
-
-    def differs(self, site: Site) -> str:
-        if isinstance(site.module, nn.Conv3d):
-            return f"PEFT has {self.peft_type} on {self.places} alone, this is Conv3d"
-        return super().differs(site) or pads_otherwise(site.module)
 
     def at(self, reading: Reading, spec: C, path: str) -> C:
         """The rank and the scale of one module."""
@@ -84,7 +80,7 @@ class LohaFamily(LycorisFamily[LoHa]):
     peft_type: ClassVar[str] = "LOHA"
     note: ClassVar[str] = "LoHa on Linear, Conv1d and Conv2d"
     fields: ClassVar[tuple[Field, ...]] = (*FIELDS, idle("init_weights", "the tensors are in the folder"))
-    kind: ClassVar[type[Method]] = LoHa
+    kinds: ClassVar[tuple[type[Method], ...]] = (LoHa,)
     names: ClassVar[Mapping[str, str]] = {
         "B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b", "T1": "hada_t1", "T2": "hada_t2",
     }  # fmt: skip
@@ -120,14 +116,11 @@ class LokrFamily(LycorisFamily[LoKr]):
         refuse("rank_dropout_scale", RESTS, False),
         read("init_weights", bool | str, True, "'lycoris' is init='lycoris'; the tensors are in the folder"),
     )  # fmt: skip
-    kind: ClassVar[type[Method]] = LoKr
+    kinds: ClassVar[tuple[type[Method], ...]] = (LoKr, KronA)
     names: ClassVar[Mapping[str, str]] = {
         "C": "lokr_w1", "C1": "lokr_w1_a", "C2": "lokr_w1_b",
         "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b", "T": "lokr_t2",
     }  # fmt: skip
-
-    def takes(self, method: Method) -> bool:
-        return isinstance(method, LoKr | KronA)
 
     def spec(self, reading: Reading) -> LoKr:
         config = reading.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor, nn
@@ -15,19 +15,28 @@ from inlay.core.sites import Host, LinearHost, Site
 from inlay.interop.family import Family, Part, Reading, Writing, cannot, one_value
 
 M = TypeVar("M", bound=Method)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class ModuleFamily(Family, Generic[M]):
     """A PEFT method with tensors at every adapted module; what differs from module to module follows from them."""
 
-    kind: ClassVar[type[Method]]
-    """The method of inlay that it is."""
+    kinds: ClassVar[tuple[type[Method], ...]]
+    """The methods of inlay that it is."""
     hosts: ClassVar[tuple[type[Host], ...]] = (LinearHost,)
+    """Modules that it adapts, beside convolutions."""
+    convolutions: ClassVar[tuple[type[nn.Module], ...]] = ()
     places: ClassVar[str] = "nn.Linear"
-    """The same in words."""
+    """Both in words."""
+    checks: ClassVar[tuple[Callable[[Convolution], str], ...]] = ()
+    """Each says why PEFT computes something else at such a convolution; empty where it does not."""
+    or_lora: ClassVar[bool] = False
+    """Whether what PEFT cannot have as this method can be a LORA there, so that it is left to that."""
 
     def takes(self, method: Method) -> bool:
-        return isinstance(method, self.kind)
+        if not isinstance(method, self.kinds):
+            return False
+        return not self.or_lora or (method.site.rows is None and not self.differs(method.site))
 
     @abstractmethod
     def spec(self, reading: Reading) -> M:
@@ -45,10 +54,18 @@ class ModuleFamily(Family, Generic[M]):
     def tensors(self, method: M, site: Site) -> dict[str, Tensor]:
         """Its tensors at one module, by what PEFT calls them after the module's path."""
 
+    def together(self, methods: Sequence[M]) -> dict[str, Tensor]:
+        """Tensors of no module, that all share; none unless a family replaces it."""
+        return {}
+
     def differs(self, site: Site) -> str:
         """Why PEFT cannot adapt this module, or would compute something else there; empty where neither is so."""
+        module = site.module
+        if isinstance(module, self.convolutions):
+            assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            return next((reason for check in self.checks if (reason := check(module))), "")
         if type(site.host) not in self.hosts:
-            return f"PEFT has {self.peft_type} on {self.places} alone, this is {type(site.module).__name__}"
+            return f"PEFT has {self.peft_type} on {self.places} alone, this is {type(module).__name__}"
         return ""
 
     def read(self, reading: Reading) -> list[Part]:
@@ -72,6 +89,7 @@ class ModuleFamily(Family, Generic[M]):
         writing.config |= self.config(methods, sites) | {"target_modules": writing.targets(paths)}
         for path, method, site in zip(paths, methods, sites, strict=True):
             writing.tensors |= {f"{path}.{name}": t for name, t in self.tensors(method, site).items()}
+        writing.tensors |= self.together(methods)
         writing.adapted += paths
 
 
@@ -96,6 +114,13 @@ def no_dropout(methods: Sequence[Method], peft_type: str) -> None:
 def alike(methods: Sequence[Method], *names: str) -> list[Any]:
     """The values of options that PEFT has once for the whole adapter."""
     return [one_value((method.fields()[name] for method in methods), name) for name in names]
+
+
+def grouped(module: Convolution) -> str:
+    """Why a method that reads all channels together cannot be at a convolution with groups; empty where it has none."""
+    if module.groups == 1:
+        return ""
+    return f"PEFT has this method on convolutions without groups alone, this one has {module.groups}"
 
 
 def pads_otherwise(module: nn.Module) -> str:

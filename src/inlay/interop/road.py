@@ -23,7 +23,7 @@ class RoadFamily(ModuleFamily[RoAd]):
         read("variant", str, "road_1"), read("group_size", int, 64, "group"),
         idle("init_weights", "the tensors are in the folder"),
     )  # fmt: skip
-    kind: ClassVar[type[Method]] = RoAd
+    kinds: ClassVar[tuple[type[Method], ...]] = (RoAd,)
 
     def spec(self, reading: Reading) -> RoAd:
         name = reading.config["variant"].removeprefix("road_")
@@ -31,7 +31,8 @@ class RoadFamily(ModuleFamily[RoAd]):
 
     def part(self, reading: Reading, spec: RoAd, path: str, site: Site) -> Part:
         both = {name: reading.take(f"{path}.road_{name}") for name in ("theta", "alpha")}
-        if spec.variant == 4:  # two sets for each group, one group after the other
+        whole = all(t.numel() % (2 * spec.group) == 0 for t in both.values())
+        if spec.variant == 4 and whole:  # two sets for each group, one group after the other
             both = {name: t.view(-1, 2, spec.group).transpose(0, 1).flatten(1) for name, t in both.items()}
         return Part(spec, site, both)
 

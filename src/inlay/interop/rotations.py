@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isqrt
 from typing import Any, ClassVar
 
@@ -14,13 +14,35 @@ from inlay.core.method import Method
 from inlay.core.sites import ConvHost, EmbeddingHost, Host, LinearHost, Site
 from inlay.interop.family import Part, Reading, cannot
 from inlay.interop.fields import COMMON, LAYERS, STORED_TRANSPOSED, TARGETS, Field, idle, need, read
-from inlay.interop.modules import ModuleFamily, alike
+from inlay.interop.modules import Convolution, ModuleFamily, alike, grouped
 from inlay.methods.weight.boft import BOFT
 from inlay.methods.weight.oft import OFT
 from inlay.methods.weight.rotations import skew
 
 NEUMANN_SINCE = (0, 18)
 """The version of PEFT from which the Neumann series is what it is now."""
+
+
+def overlaps(module: Convolution) -> str:
+    """Why PEFT's rotated patches are no rotated kernel."""
+    if all(k == 1 for k in module.kernel_size) and all(d == 1 for d in module.dilation):
+        return ""
+    return (
+        "PEFT 0.21.2 adds overlapping patches up after it turned them, which is no rotation of the kernel (its own "
+        "merged weight computes something else): 1×1 convolutions alone are alike"
+    )
+
+
+def not_square(module: Convolution) -> str:
+    """Why the convolution that PEFT computes with its own kernel is another than the base's."""
+    plain = module.padding_mode == "zeros" and all(d == 1 for d in module.dilation)
+    pairs = (module.kernel_size, module.stride, module.padding)
+    if plain and not any(isinstance(pair, str) or len(set(pair)) > 1 for pair in pairs):
+        return ""
+    return (
+        "PEFT's BOFT convolves anew with one stride and one padding, of zeros, and without dilation: not as "
+        f"{module} does"
+    )
 
 
 class OftFamily(ModuleFamily[OFT]):
@@ -37,24 +59,11 @@ class OftFamily(ModuleFamily[OFT]):
         read("bias", str, "none", "'all' and 'oft_only' are BitFit beside OFT"),
         idle("init_weights", "the tensors are in the folder"),
     )  # fmt: skip
-    kind: ClassVar[type[Method]] = OFT
-    hosts: ClassVar[tuple[type[Host], ...]] = (LinearHost, EmbeddingHost, ConvHost)
+    kinds: ClassVar[tuple[type[Method], ...]] = (OFT,)
+    hosts: ClassVar[tuple[type[Host], ...]] = (LinearHost, EmbeddingHost)
+    convolutions: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
     places: ClassVar[str] = "nn.Linear, Embedding and Conv2d"
-
-    def differs(self, site: Site) -> str:
-        module = site.module
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            return super().differs(site)
-        if not isinstance(module, nn.Conv2d):
-            return f"PEFT has OFT on {self.places} alone, this is {type(module).__name__}"
-        if module.groups > 1:
-            return f"PEFT's OFT rotates all channels together, this convolution sees them in {module.groups} groups"
-        if site.kernel_area > 1 or any(d > 1 for d in module.dilation):
-            return (
-                "PEFT 0.21.2 adds overlapping patches up after it turned them, which is no rotation of the kernel (its "
-                "own merged weight computes something else): 1×1 convolutions alone are alike"
-            )
-        return ""
+    checks: ClassVar[tuple[Callable[[Convolution], str], ...]] = (grouped, overlaps)
 
     def spec(self, reading: Reading) -> OFT:
         config = reading.config
@@ -115,26 +124,10 @@ class BoftFamily(ModuleFamily[BOFT]):
         read("boft_dropout", float, 0.0), read("bias", str, "none", "'all' and 'boft_only' are BitFit beside BOFT"),
         idle("init_weights", "the tensors are in the folder"),
     )  # fmt: skip
-    kind: ClassVar[type[Method]] = BOFT
-    hosts: ClassVar[tuple[type[Host], ...]] = (LinearHost, ConvHost)
+    kinds: ClassVar[tuple[type[Method], ...]] = (BOFT,)
+    convolutions: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
     places: ClassVar[str] = "nn.Linear and Conv2d"
-
-    def differs(self, site: Site) -> str:
-        module = site.module
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            return super().differs(site)
-        if not isinstance(module, nn.Conv2d):
-            return f"PEFT has BOFT on {self.places} alone, this is {type(module).__name__}"
-        if module.groups > 1:
-            return f"PEFT has no BOFT on convolutions with groups, this one has {module.groups}"
-        square = [module.kernel_size, module.stride, module.padding]
-        plain = module.padding_mode == "zeros" and all(d == 1 for d in module.dilation)
-        if not plain or any(isinstance(pair, str) or len(set(pair)) > 1 for pair in square):
-            return (
-                "PEFT's BOFT convolves anew with one stride and one padding, of zeros, and without dilation: not as "
-                f"{module} does"
-            )
-        return ""
+    checks: ClassVar[tuple[Callable[[Convolution], str], ...]] = (grouped, not_square)
 
     def spec(self, reading: Reading) -> BOFT:
         return BOFT(dropout=reading.config["boft_dropout"])

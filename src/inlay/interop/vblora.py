@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from inlay.core.method import Method
-from inlay.core.mount import Level
 from inlay.core.sites import Host, LinearHost, Site, TransposedHost
-from inlay.interop.family import Part, Reading, Writing, cannot
+from inlay.interop.family import Part, Reading, cannot
 from inlay.interop.fields import COMMON, LAYERS, STORED_TRANSPOSED, TARGETS, Field, idle, need, read
 from inlay.interop.modules import ModuleFamily, alike
 from inlay.methods.weight.vblora import LOGITS, VBLoRA
@@ -30,12 +29,10 @@ class VbloraFamily(ModuleFamily[VBLoRA]):
         idle("init_vector_bank_bound", "the tensors are in the folder"),
         idle("init_logits_std", "the tensors are in the folder"),
     )  # fmt: skip
-    kind: ClassVar[type[Method]] = VBLoRA
+    kinds: ClassVar[tuple[type[Method], ...]] = (VBLoRA,)
     hosts: ClassVar[tuple[type[Host], ...]] = (LinearHost, TransposedHost)
     places: ClassVar[str] = "nn.Linear and Conv1D"
-
-    def takes(self, method: Method) -> bool:
-        return super().takes(method) and method.site.rows is None and not self.differs(method.site)
+    or_lora: ClassVar[bool] = True
 
     def spec(self, reading: Reading) -> VBLoRA:
         config = reading.config
@@ -59,12 +56,11 @@ class VbloraFamily(ModuleFamily[VBLoRA]):
             tensors["own_bank"] = reading.take(BANK)
         return Part(spec, site, tensors)
 
-    def write(self, writing: Writing, levels: Sequence[Level]) -> None:
-        super().write(writing, levels)
-        banks = {id(m.bank): m.bank for level in levels if isinstance(m := level.method, VBLoRA)}
+    def together(self, methods: Sequence[VBLoRA]) -> dict[str, Tensor]:
+        banks = {id(method.bank): method.bank for method in methods}
         if len(banks) != 1:
             raise cannot(f"PEFT has one bank of vectors for the whole adapter, this one has {len(banks)}")
-        (writing.tensors[BANK],) = banks.values()
+        return {BANK: methods[0].bank}
 
     def config(self, methods: Sequence[VBLoRA], sites: Sequence[Site]) -> dict[str, Any]:
         r, vectors, top, compact, dropout = alike(methods, "r", "vectors", "top", "compact", "dropout")
