@@ -24,6 +24,7 @@ from inlay.methods import (
     OFT,
     SSF,
     SVFT,
+    AdaLoRA,
     BitFit,
     DoRA,
     DyLoRA,
@@ -234,6 +235,10 @@ REFUSED: dict[str, tuple[Made, str]] = {
     "DoRA of DoRA": (lambda: DoRA(of=DoRA()), "DoRA.*'of' must be"),
     "DyLoRA of LoHa": (DyLoRA(of=LoHa()), "DyLoRA needs an update B A, which LoHa does not have"),
     "ReLoRA of LoKr": (ReLoRA(of=LoKr()), "ReLoRA needs an update B A, which LoKr does not have"),
+    "ReLoRA of AdaLoRA": (
+        ReLoRA(of=AdaLoRA()),
+        "ReLoRA decides what is trained of its update at each step, and so does AdaLoRA: keep one of them",
+    ),
     "DyLoRA of VB-LoRA": (DyLoRA(of=VBLoRA()), "DyLoRA acts place by place, VBLoRA trains one tensor for all"),
     "ReLoRA with a bias": (ReLoRA(of=LoRA(bias=True)), "ReLoRA.* begins B A anew, not a bias: leave the bias"),
     "dropout inside": (lambda: DyLoRA(of=LoRA(dropout=0.1)), "give dropout to DyLoRA, not to LoRA.* inside it"),
