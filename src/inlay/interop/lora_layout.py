@@ -164,7 +164,7 @@ def lora_of(method: Method) -> Plain:
     A, B = delta.A.detach().contiguous(), delta.B.detach().contiguous()
     base = of.site.bias
     moved = of.bias_of(base)
-    b = None if base is None or moved is None or moved is base else (moved - base) / delta.scale
+    b = None if base is None or moved is None or moved is base else (moved - base) / (delta.scale or 1.0)
     return Plain(A, B, delta.rank, delta.scale, None, False, of.dropout, b is not None, b)
 
 
