@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint types docs docs-check setup setup-dev clean
+.PHONY: demo test test-all results lint types docs docs-check setup setup-dev clean
 
 demo: setup
 	$(BIN)/inlay compare recipes/demo.yaml
@@ -20,6 +20,10 @@ test: setup-dev
 # long checks: all pairs of methods, peers, quality tables
 test-all: setup-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# every method on five real tasks: hours, but what is trained is kept and never trained again
+results: setup
+	$(BIN)/python benchmarks/methods.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

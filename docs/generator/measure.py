@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import inlay
+from inlay.catalogue import names
 from inlay.core.adapter import Adapter
 from inlay.core.errors import InlayError, OptionError
 from inlay.core.method import REGISTRY, Method, TokenMethod, method_class, method_from
@@ -36,8 +37,7 @@ class Cell:
 def specifications() -> list[str]:
     """Every registered method with its defaults, then each made of the other methods it takes."""
     method_class("lora")  # registers all
-    found = sorted(REGISTRY, key=lambda name: (REGISTRY[name].kind, name))
-    return [text for name in found for text in (name, *made_of(name))]
+    return [text for name in names() for text in (name, *made_of(name))]
 
 
 def made_of(name: str) -> list[str]:

@@ -43,6 +43,11 @@ def catalogue(name: str | None = None) -> list[dict[str, Any]]:
     """Every method, or the one of that name, ordered by site and name."""
     if name is not None:
         return [describe(method_class(name))]
+    return [describe(REGISTRY[name]) for name in names()]
+
+
+def names() -> list[str]:
+    """Every method's name, ordered by site and name."""
     import inlay.methods  # noqa: F401  (importing registers)
 
-    return [describe(cls) for cls in sorted(REGISTRY.values(), key=lambda c: (c.kind, c.name()))]
+    return sorted(REGISTRY, key=lambda name: (REGISTRY[name].kind, name))

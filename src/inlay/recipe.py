@@ -16,6 +16,7 @@ from inlay.core.method import Method, Placement, method_class, method_from
 from inlay.core.options import check_known, option, options
 
 MethodSpec = str | dict[str, Any] | list[Any]
+ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,8 @@ class CompareRecipe(Settings):
     """Many methods on one data set, each with several seeds."""
 
     methods: list[MethodSpec] = option(
-        doc="methods; or {method: …, label: …, seeds: […]} with any training field, which then differs for that row"
+        doc="methods; or {method: …, label: …, seeds: […]} with any training field, which then differs for that row; "
+        "`all` stands for every method that no other row trains"
     )
     seeds: list[int] = option(default=[0], doc="seeds of every row")
     title: str = option(default="", doc="heading of the report")
@@ -142,7 +144,14 @@ class CompareRecipe(Settings):
     def rows(self) -> list[Row]:
         """Every row of the comparison with its own recipe (seed and output left at their defaults)."""
         common = {name: getattr(self, name) for name in options(Settings)}
-        return [row_from(spec, common, self.seeds) for spec in self.methods]
+        rows = [row_from(spec, common, self.seeds) for spec in self.methods if spec != ALL]
+        if ALL in self.methods:
+            from inlay.catalogue import names  # importing it registers every method
+
+            taken = {type(m).name() for row in rows for m in row.recipe.methods()}
+            at = self.methods.index(ALL)
+            rows[at:at] = [row_from(name, common, self.seeds) for name in names() if name not in taken]
+        return rows
 
 
 @dataclass(frozen=True)

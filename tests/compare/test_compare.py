@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from inlay.catalogue import names
 from inlay.compare import compare, grid
 from inlay.compare.pool import lost
 from inlay.core.errors import OptionError
+from inlay.core.method import method_from
 from inlay.methods import DoRA, VeRA
 from inlay.recipe import CompareRecipe, Recipe, as_dict, load_recipe
 from inlay.report import read_json, rows
@@ -111,6 +113,28 @@ def test_sharing_a_model_changes_no_cell(recipe: Make, tmp_path: Path) -> None:
         alone = compare(recipe(methods=[{"method": method}], output=str(tmp_path / cell.method)))
         assert alone.cells[0].metrics == cell.metrics
         assert [p["loss"] for p in alone.cells[0].curve] == [p["loss"] for p in cell.curve]
+
+
+def test_all_stands_for_every_method_no_other_row_trains(recipe: Make) -> None:
+    labels = [row.label for row in recipe(methods=["lora(r=2)", "all", {"dora": {"of": "vera(r=4)"}}]).rows()]
+    others = [method_from(name).label() for name in names() if name not in ("lora", "dora")]
+    assert labels == ["LoRA(r=2)", *others, "DoRA(of=VeRA(r=4))"]
+
+
+def test_a_base_that_does_the_task_already_is_measured_as_it_is(recipe: Make, tmp_path: Path) -> None:
+    limit = {"train": 4, "validation": 2, "test": 4}
+    fields = {
+        "model": "stories15m",
+        "data": "gsm8k",
+        "limit": limit,
+        "max_length": 64,
+        "steps": 1,
+        "output": str(tmp_path / "lm"),
+    }
+    result = compare(recipe(methods=["lora(r=2)"], **fields))
+    (said,) = [note for note in result.notes if note.startswith("The base without an adapter: loss ")]
+    assert float(said.split()[6].rstrip(",")) > 1.0
+    assert not any("without an adapter" in note for note in compare(recipe(methods=["lora(r=2)"])).notes)
 
 
 def test_settings_say_what_the_methods_bring(recipe: Make) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
+import inlay
+import inlay.models
+from inlay.core.method import Method
 from inlay.core.spectrum import SMALL, svd
+from inlay.methods import SVFT, LoRAXS, PiSSA
 
 
 def decaying(d_out: int, d_in: int) -> torch.Tensor:
@@ -52,3 +57,22 @@ def test_nothing_is_drawn_from_the_ambient_generator() -> None:
 def test_without_storage() -> None:
     shapes = [t.shape for t in svd(torch.empty(700, 900, device="meta"), 8)]
     assert shapes == [(700, 8), (8,), (900, 8)]
+
+
+@pytest.mark.slow  # a second model to open
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [(PiSSA(r=16), ["all-linear"]), (LoRAXS(r=16), ["all-linear"]), (SVFT(), ["attn.q", "attn.v"])],
+    ids=["pissa", "loraxs", "svft"],
+)
+def test_smollm2_starts_from_its_spectra_in_seconds_and_alike(method: Method, where: list[str]) -> None:
+    model = inlay.models.open("smollm2-135m-instruct", "causal-lm").model
+    found = []
+    for _ in range(2):
+        start = time.process_time()
+        inlay.adapt(model, method, where)
+        assert time.process_time() - start < 30  # 2 to 4 on one core
+        found.append({name: t.detach().clone() for name, t in model.inlay.state_dict().items() if t is not None})
+        inlay.detach(model)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())

@@ -118,6 +118,19 @@ class Convolutions(nn.Module):
         return self.out(h.flatten(2).mean(2))
 
 
+class Pixels(nn.Module):
+    """Convolutions of images as PEFT's rotations take them: square, 1×1, and one with groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(8, 6, 1, stride=2, bias=False)
+        self.grouped = nn.Conv2d(6, 4, 3, padding=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grouped(self.point(self.square(x).tanh()).relu()).flatten(1)
+
+
 class Attention(nn.Module):
     """torch's own attention, which reads its projections without calling them."""
 
@@ -147,5 +160,6 @@ BASES = {
     "gpt-oss": Base(gpt_oss, IDS),
     "resnet": Base(resnet, {"pixel_values": vectors(2, 3, 16, 16)}),
     "conv": Base(Convolutions, {"x": vectors(2, 4, 24)}),
+    "pixels": Base(Pixels, {"x": vectors(2, 4, 12, 12)}),
     "attention": Base(Attention, {"x": vectors(2, 5, 16)}),
 }

@@ -57,13 +57,16 @@ def peft_output(base: Base, folder: Path) -> Tensor:
         result = set_peft_model_state_dict(model, weights)
         kind = model.peft_config["default"].peft_type
         prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) or "\0"
-        missing = [k for k in result.missing_keys if prefix in k or "modules_to_save" in k]
-        assert not missing
+        missing = {k for k in result.missing_keys if prefix in k or "modules_to_save" in k}
+        held = dict(model.named_parameters(remove_duplicate=False))
+        given = {id(p) for k, p in held.items() if k not in missing}  # VB-LoRA's bank is listed at every module
+        assert all(id(held.get(k)) in given for k in missing), missing
         assert set(result.unexpected_keys) <= {"prompt_embeddings"}  # PEFT loads it past load_state_dict
         saved = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         assert set(saved) <= set(weights) | {k for k in saved if ".original_module." in k or ".modules_to_save." in k}
-        for name in set(saved) & set(weights):
-            assert torch.equal(saved[name], weights[name]), name
+        for name in set(saved) & set(weights):  # PEFT takes logarithms of VB-LoRA's compact weights and back
+            rounded = 1e-6 if name.endswith("topk_weights") else 0
+            torch.testing.assert_close(saved[name], weights[name], atol=rounded, rtol=rounded, check_dtype=False)
         return base.output(model.eval())
 
 
@@ -71,15 +74,18 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def both_ways(base: Base, config: peft.PeftConfig, tmp: Path) -> inlay.Adapter:
-    """PEFT → inlay → PEFT: equal outputs at each step, bit-equal tensors at the end; returns inlay's adapter."""
+def both_ways(base: Base, config: peft.PeftConfig, tmp: Path, same: bool = True) -> inlay.Adapter:
+    """PEFT → inlay → PEFT: equal outputs at each step; returns inlay's adapter.
+
+    At the end the tensors are bit-equal, unless PEFT's are not all that counts (`same=False`).
+    """
     expected, count = peft_folder(base, config, tmp / "theirs")
     plain = base()
     untouched = base.output(plain)
     assert not torch.allclose(expected, untouched, atol=1e-3), "the perturbed adapter does nothing: a void test"
     adapter = inlay.load(plain, tmp / "theirs")
     close(base.output(plain), expected)
-    assert adapter.adapter_parameters + adapter.head_parameters == count
+    assert not same or adapter.adapter_parameters + adapter.head_parameters == count
     with inlay.disabled(plain):
         assert torch.equal(base.output(plain), untouched)
 
@@ -89,7 +95,7 @@ def both_ways(base: Base, config: peft.PeftConfig, tmp: Path) -> inlay.Adapter:
     kept = {k: t for k, t in theirs.items() if not twice(k) and not base_tensor(k, plain, t)}
     assert kept.keys() <= ours.keys()
     for name, t in kept.items():
-        assert torch.equal(ours[name], t), name
+        assert torch.equal(ours[name], t) or not same, name
     assert all(name in theirs or base_tensor(name, plain, t) or name in PROJECTIONS for name, t in ours.items())
 
     adapter.save(str(tmp / "own"))

@@ -30,16 +30,21 @@ def minilm() -> Base:
     return Same(lambda: nn.Identity(), call)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
-        {"r": 4, "target_modules": "all-linear", "use_dora": True, "bias": "all"},
-    ],
-)
-def test_lora_of_minilm(minilm: Base, config: dict, tmp_path: Path) -> None:
+TARGETS = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+CONFIGS: dict[str, tuple[type[peft.PeftConfig], dict]] = {
+    "lora": (peft.LoraConfig, {"r": 8, "lora_alpha": 16, **TARGETS}),
+    "dora": (peft.LoraConfig, {"r": 4, "target_modules": "all-linear", "use_dora": True, "bias": "all"}),
+    "lokr": (peft.LoKrConfig, {"r": 4, "target_modules": "all-linear"}),
+    "oft": (peft.OFTConfig, {"oft_block_size": 32, **TARGETS}),
+    "adalora": (peft.AdaLoraConfig, {"init_r": 6, "total_step": 10, **TARGETS}),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_peft_on_minilm(minilm: Base, case: str, tmp_path: Path) -> None:
+    config, options = CONFIGS[case]
     with quiet():
-        adapter = both_ways(minilm, peft.LoraConfig(**config), tmp_path)
+        adapter = both_ways(minilm, config(**options), tmp_path)
     assert len([level for level in adapter.levels if "layer.5" in level.site.path]) > 0
 
 

@@ -18,9 +18,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import inlay
-from inlay.core.errors import CheckpointError, SiteError
+from inlay.core.errors import CheckpointError, InlayError, SiteError
 from inlay.interop.peft import FAMILIES, read, support, write
-from inlay.methods import IA3, BitFit, DoRA, Full, LoRA, NormTuning, VeRA
+from inlay.methods import (
+    BOFT,
+    IA3,
+    OFT,
+    SVFT,
+    BitFit,
+    DoRA,
+    Full,
+    GLoRA,
+    KronA,
+    LoHa,
+    LoKr,
+    LoRA,
+    NormTuning,
+    RoAd,
+    VBLoRA,
+    VeRA,
+)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
@@ -105,7 +122,7 @@ def test_missing_field(folder: Path, name: str) -> None:
         ("bias", "some", "'bias' = 'some'"),
         ("bias", "lora_only", "lacks the tensor"),
         ("use_dora", True, "lora_magnitude_vector"),
-        ("peft_type", "LOKR", "peft_type 'LOKR' cannot be read"),
+        ("peft_type", "SHIRA", "peft_type 'SHIRA' cannot be read"),
         ("peft_type", "VERRA", "did you mean 'VERA'"),
         ("target_modules", ["query"], "does not account for"),
         ("target_modules", ["query", "value", "key"], "lacks the tensor.*key.lora_A"),
@@ -195,6 +212,73 @@ def test_a_name_that_is_taken(folder: Path) -> None:
 def test_refused_fields(folder: Path, field: str, value: object) -> None:
     edit(folder, **{field: value})
     refused(folder, f"'{field}' = .* cannot be read: ")
+
+
+QV = {"target_modules": ["query", "value"]}
+TRAINING: dict[str, tuple[peft.PeftConfig, dict[str, Any], str]] = {
+    "loha-rank-dropout": (peft.LoHaConfig(**QV), {"rank_dropout": 0.1}, "'rank_dropout' = 0.1 .*set it to 0"),
+    "lokr-module-dropout": (peft.LoKrConfig(**QV), {"module_dropout": 0.1}, "'module_dropout' = 0.1 .*set it to 0"),
+    "lokr-beyond": (
+        peft.LoKrConfig(r=1, decompose_factor=8, target_modules=["intermediate.dense"]), {},
+        "'decompose_factor' = 8 is beyond the root of its width",
+    ),
+    "oft-one-term": (peft.OFTConfig(oft_block_size=4, num_cayley_neumann_terms=1, **QV), {}, "computes the identity"),
+    "oft-two-terms": (peft.OFTConfig(oft_block_size=4, num_cayley_neumann_terms=2, **QV), {}, r"computes I \+ 2S"),
+    "oft-old": (peft.OFTConfig(oft_block_size=4, **QV), {"peft_version": "0.17.1"}, "before 0.18 the series"),
+    "oft-unknown": (peft.OFTConfig(oft_block_size=4, **QV), {"peft_version": None}, "PEFT of unknown version"),
+    "road-variant": (peft.RoadConfig(group_size=4, **QV), {"variant": "road_3"}, "RoAd: option 'variant'"),
+    "glora-kind": (peft.GloraConfig(**QV), {"config_A_B": "tucker"}, "GLoRA: option 'A'"),
+    "adalora-parameters": (
+        peft.AdaLoraConfig(total_step=9, **QV), {"target_parameters": ["x"]}, "'target_parameters' = .* cannot be read",
+    ),
+    "adalora-ranks": (peft.AdaLoraConfig(total_step=9, **QV), {"init_r": 5}, "12 triplets, the configuration began"),
+    "vblora-length": (
+        peft.VBLoRAConfig(num_vectors=9, vector_length=8, **QV), {"vector_length": 5}, "do not divide all widths",
+    ),
+    "boft-shape": (peft.BOFTConfig(**QV), {"target_modules": ["query", "intermediate.dense"]}, "lacks the tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_options_of_other_methods(case: str, tmp_path: Path) -> None:
+    config, fields, match = TRAINING[case]
+    peft_folder(BASES["bert"], config, tmp_path)
+    edit(tmp_path, **fields)
+    refused(tmp_path, match, InlayError)
+
+
+PLACES: dict[str, tuple[str, peft.PeftConfig, str]] = {
+    "loha-padding": ("padded", peft.LoHaConfig(target_modules=["conv"]), "padding_mode='reflect'"),
+    "lokr-padding": ("padded", peft.LoKrConfig(target_modules=["conv"]), "padding_mode='reflect'"),
+    "lokr-conv1d": ("conv", peft.LoKrConfig(r=8, target_modules=["one"]), "along the wrong axes"),
+    "oft-kernel": ("pixels", peft.OFTConfig(oft_block_size=4, target_modules=["square"]), "overlapping patches"),
+    "boft-padding": ("padded", peft.BOFTConfig(boft_block_size=3, target_modules=["conv"]), "of zeros"),
+    "adalora-groups": (
+        "pixels", peft.AdaLoraConfig(total_step=9, target_modules=["grouped"]), "without groups alone, this one has 2",
+    ),
+    "adalora-padding": ("padded", peft.AdaLoraConfig(total_step=9, target_modules=["conv"]), "padding_mode='reflect'"),
+    "loha-attention": ("attention", peft.LoHaConfig(target_modules=["out_proj"]), "nn.Linear, Conv1d and Conv2d alone"),
+    "beft-no-bias": ("llama", peft.BeftConfig(target_modules=["q_proj"]), "no linear layer with a bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_modules_that_peft_does_not_follow(case: str, tmp_path: Path) -> None:
+    name, config, match = PLACES[case]
+    base = Base(Padded, {"x": vectors(2, 3, 8, 8)}) if name == "padded" else BASES[name]
+    with quiet():
+        peft.get_peft_model(base(), config).save_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match=match):
+        read(base(), tmp_path)
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
@@ -321,8 +405,8 @@ def test_embeddings_saved_with_the_adapter(tmp_path: Path) -> None:
 Make = Callable[[], inlay.Adapter]
 CANNOT: dict[str, tuple[Make, str]] = {
     "full": (lambda: inlay.adapt(BASES["bert"](), Full()), "no method for Full"),
-    "bitfit": (lambda: inlay.adapt(BASES["bert"](), BitFit(), head=None), "no method for BitFit alone"),
-    "dvora": (lambda: inlay.adapt(BASES["bert"](), DoRA(of=VeRA(r=4))), "no counterpart of DoRA"),
+    "bitfit": (lambda: inlay.adapt(BASES["bert"](), BitFit(), head=None), "BEFT trains biases of nn.Linear alone"),
+    "dora-lokr": (lambda: inlay.adapt(BASES["bert"](), DoRA(of=LoKr(r=1))), r"no counterpart of DoRA\(of=LoKr"),
     "two": (lambda: inlay.adapt(BASES["bert"](), [LoRA(), IA3()]), "one method per folder"),
     "some-biases": (lambda: inlay.adapt(BASES["bert"](), [LoRA().on("query"), BitFit(norms=False)]), "all biases"),
     "ia3-biases": (lambda: inlay.adapt(BASES["bert"](), [IA3(), BitFit()]), "trains no biases"),
@@ -341,6 +425,45 @@ CANNOT: dict[str, tuple[Make, str]] = {
     ),
     "vera-packed": (lambda: inlay.adapt(BASES["gpt2"](), VeRA(r=2), ["attn.q"]), "packed matrix"),
     "vera-embedding": (lambda: inlay.adapt(BASES["llama"](), VeRA(r=2), ["embed"]), "linear layers alone"),
+    "loha-dropout": (lambda: inlay.adapt(BASES["bert"](), LoHa(dropout=0.1)), "no dropout on its input"),
+    "loha-packed": (lambda: inlay.adapt(BASES["gpt2"](), LoHa(r=2), ["attn.q"]), "packed matrix"),
+    "loha-conv1d": (lambda: inlay.adapt(BASES["gpt2"](), LoHa(r=2), ["mlp.up"]), "nn.Linear, Conv1d and Conv2d alone"),
+    "loha-conv3d": (lambda: inlay.adapt(BASES["conv"](), LoHa(r=2), ["three"]), "this is Conv3d"),
+    "loha-padding": (lambda: inlay.adapt(Padded(), LoHa(r=2), ["conv"]), "padding_mode='reflect'"),
+    "loha-embedding": (lambda: inlay.adapt(BASES["llama"](), LoHa(r=2), ["embed"]), "this is Embedding"),
+    "loha-twice": (
+        lambda: inlay.adapt(BASES["bert"](), [LoHa(r=2).on("query"), LoHa(r=3).on("query")]), "one LOHA per module",
+    ),
+    "lokr-conv1d": (lambda: inlay.adapt(BASES["conv"](), LoKr(r=8), ["one"]), "along the wrong axes"),
+    "lokr-factors": (
+        lambda: inlay.adapt(
+            BASES["bert"](), LoKr(r=1), overrides={"block[0]": {"factor": 2}}
+        ), "one decompose_factor, which cannot give first factors of 2 × 2, 4 × 4",
+    ),
+    "krona": (lambda: inlay.adapt(BASES["bert"](), KronA(rows=8, columns=2), ["attn.q"]), "first factors of 8 × 2"),
+    "oft-kernel": (lambda: inlay.adapt(BASES["pixels"](), OFT(block_size=4), ["square"]), "overlapping patches"),
+    "oft-terms": (
+        lambda: inlay.adapt(BASES["bert"](), OFT(block_size=4, neumann=3), ["attn.q"]), "no form of 3 terms",
+    ),
+    "oft-sizes": (
+        lambda: inlay.adapt(BASES["bert"](), OFT(block_size=4), overrides={"block[0].attn.q": {"block_size": 8}}),
+        "blocks of one size",
+    ),
+    "boft-padding": (lambda: inlay.adapt(Padded(), BOFT(block_size=3, factors=1), ["conv"]), "of zeros"),
+    "boft-groups": (lambda: inlay.adapt(BASES["pixels"](), BOFT(factors=1), ["grouped"]), "without groups alone"),
+    "road-rest": (lambda: inlay.adapt(BASES["bert"](), RoAd(group=6), ["attn.q"]), "no whole groups of 6"),
+    "road-conv": (lambda: inlay.adapt(BASES["pixels"](), RoAd(), ["square"]), "nn.Linear alone"),
+    "vblora-banks": (
+        lambda: inlay.adapt(
+            BASES["bert"](), [VBLoRA(r=2, vectors=7).on("query"), VBLoRA(r=2, vectors=7).on("key")]
+        ), "one bank of vectors",
+    ),
+    "glora-kinds": (lambda: inlay.adapt(BASES["bert"](), GLoRA(A="vector"), ["attn.q"]), "one kind for A and B"),
+    "svft": (lambda: inlay.adapt(BASES["bert"](), SVFT(), ["attn.q"]), "no counterpart of SVFT"),
+    "beft-out-proj": (
+        lambda: inlay.adapt(BASES["attention"](), BitFit(), ["attn.out_proj"], head=None), "'attn.out_proj.bias'",
+    ),
+    "beft-in-proj": (lambda: inlay.adapt(BASES["attention"](), BitFit(), head=None), "'attn.in_proj_bias'"),
     "ia3-embedding": (lambda: inlay.adapt(BASES["llama"](), IA3(), ["embed"]), "IA3 on linear layers"),
     "inside-saved": (
         lambda: inlay.adapt(BASES["llama"](), [LoRA().on("block[0].attn.q"), Full().on("block[0]")]),

@@ -27,6 +27,7 @@ COUNTS = [
     ("vit-large", "vera(r=256)", Q_V, 61_440),
     ("llama-7b", "dora(of=lora(r=64))", LINEAR, 161_267_712),
     ("llama-7b", "dora(of=vera(r=1024))", LINEAR, 2_949_120),
+    ("gpt2-medium", "dylora(of=lora(r=4))", Q_V, 393_216),
     ("roberta-base", "bitfit", None, 102_144),
     ("roberta-base", "bitfit(norms=False)", None, 82_944),
     ("roberta-large", "bitfit", None, 271_360),
@@ -48,6 +49,19 @@ BASES = {
 @pytest.mark.parametrize(("arch", "method", "where", "count"), COUNTS)
 def test_adapter_parameters(arch, method, where, count):
     assert plan(arch, method, where, memory=False).adapter_parameters == count
+
+
+@pytest.mark.parametrize(
+    ("arch", "where", "times"),
+    [
+        ("roberta-large", Q_V, 2.0),
+        ("llama-7b", ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"], 2.0),
+        ("llama-7b", LINEAR, 1.84),  # gate and up are wide in outputs, which B is as long as; down alone in inputs
+    ],
+)
+def test_lora_trains_twice_what_lorafa_does_where_widths_are_even(arch, where, times):
+    lora, lorafa = (plan(arch, f"{name}(r=8)", where, memory=False).adapter_parameters for name in ("lora", "lorafa"))
+    assert round(lora / lorafa, 2) == times
 
 
 @pytest.mark.parametrize("arch", BASES)

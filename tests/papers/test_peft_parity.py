@@ -13,7 +13,22 @@ from safetensors.torch import load_file
 from torch import nn
 
 import inlay
-from inlay.methods import IA3, BitFit, DoRA, LoRA, NormTuning, PrefixTuning, PromptTuning, VeRA
+from inlay.methods import (
+    IA3,
+    OFT,
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    GLoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    NormTuning,
+    PrefixTuning,
+    PromptTuning,
+    RoAd,
+    VeRA,
+)
 
 Placed = tuple[str, object, list[str] | None, peft.PeftConfig]
 
@@ -69,6 +84,29 @@ CASES: dict[str, Placed] = {
         peft.LoraConfig(r=2, target_modules=["query"], bias="all", **CLASSIFIER),
     ),
     "vera": ("bert", VeRA(r=7), ["attn.q", "attn.v"], peft.VeraConfig(r=7, target_modules=["query", "value"])),
+    "loha": ("bert", LoHa(r=3), ["attn.q", "attn.v"], peft.LoHaConfig(r=3, target_modules=["query", "value"])),
+    "loha-conv": (
+        "resnet", LoHa(r=2, tucker=True), ["convolution"],
+        peft.LoHaConfig(r=2, use_effective_conv2d=True, target_modules=["convolution"]),
+    ),
+    "lokr": ("llama", LoKr(r=1), ["all-linear"], peft.LoKrConfig(r=1, target_modules="all-linear")),
+    "lokr-conv": ("resnet", LoKr(r=1), ["convolution"], peft.LoKrConfig(r=1, target_modules=["convolution"])),
+    "oft": ("bert", OFT(block_size=8), ["attn.q"], peft.OFTConfig(oft_block_size=8, target_modules=["query"])),
+    "oft-shared": (
+        "llama", OFT(block_size=8, shared=True), ["embed", "mlp.down"],
+        peft.OFTConfig(oft_block_size=8, block_share=True, target_modules=["embed_tokens", "down_proj"]),
+    ),
+    "road": (
+        "llama", RoAd(variant=2), ["all-linear"],
+        peft.RoadConfig(variant="road_2", group_size=4, target_modules="all-linear"),
+    ),
+    "adalora": (
+        "bert", AdaLoRA(r=4, target=2), ["attn.q"],
+        peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["query"]),
+    ),
+    "glora": (
+        "bert", GLoRA(r=3, D="constant", E="constant"), ["attn.q"], peft.GloraConfig(r=3, target_modules=["query"]),
+    ),
     "ia3": (
         "llama", IA3(), None,
         peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -103,6 +141,19 @@ STEPS: dict[str, tuple[str, peft.PeftConfig]] = {
     "dora": ("llama", peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"])),
     "dora-conv": ("resnet", peft.LoraConfig(r=3, use_dora=True, target_modules=["convolution"])),
     "vera": ("bert", peft.VeraConfig(r=7, target_modules=["query", "value"], **CLASSIFIER)),
+    "loha": ("llama", peft.LoHaConfig(r=2, alpha=3, target_modules=["q_proj", "down_proj"])),
+    # not in its Tucker form, whose hand-written gradient of hada_w1_a and hada_w2_a is none in PEFT 0.21.2
+    "loha-conv": ("resnet", peft.LoHaConfig(r=2, target_modules=["convolution"])),
+    "lokr": ("llama", peft.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules="all-linear")),
+    "lokr-conv": ("resnet", peft.LoKrConfig(r=1, target_modules=["convolution"])),
+    "oft": ("bert", peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, target_modules=["query"])),
+    "oft-neumann": ("llama", peft.OFTConfig(oft_block_size=8, target_modules=["embed_tokens", "down_proj"])),
+    "road": ("llama", peft.RoadConfig(group_size=8, target_modules="all-linear")),
+    "road-4": ("bert", peft.RoadConfig(variant="road_4", group_size=4, target_modules=["query", "dense"])),
+    "vblora": ("bert", peft.VBLoRAConfig(num_vectors=7, vector_length=8, target_modules=["query", "dense"])),
+    "adalora": ("bert", peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=9, target_modules=["query", "dense"])),
+    "adalora-conv": ("resnet", peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=["convolution"])),
+    "glora": ("bert", peft.GloraConfig(r=2, config_D_E="vector", target_modules=["query", "dense"])),
     "ia3": ("llama", peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "norms": ("bert", peft.LNTuningConfig(target_modules=["LayerNorm"], **CLASSIFIER)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -71,9 +72,9 @@ def test_adalora_allocates_as_peft_does() -> None:
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def trained_adalora() -> tuple[nn.Module, inlay.Adapter]:
+def trained(method: AdaLoRA | DoRA) -> tuple[nn.Module, inlay.Adapter]:
     model = net()
-    adapter = inlay.adapt(model, AdaLoRA(r=4, target=2), ("up", "down"))
+    adapter = inlay.adapt(model, method, ("up", "down"))
     x, y = data()
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
     for step in range(STEPS):
@@ -84,12 +85,17 @@ def trained_adalora() -> tuple[nn.Module, inlay.Adapter]:
     return model, adapter
 
 
-def test_a_file_holds_the_surviving_triplets_alone(tmp_path: Path) -> None:
-    model, adapter = trained_adalora()
+def triplets(adapter: inlay.Adapter) -> int:
+    return sum(m.r for level in adapter.levels for m in level.method.modules() if isinstance(m, AdaLoRA))
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, lambda method: DoRA(of=method)], ids=["alone", "in DoRA"])
+def test_a_file_holds_the_surviving_triplets_alone(wrap: Callable[[AdaLoRA], AdaLoRA | DoRA], tmp_path: Path) -> None:
+    model, adapter = trained(wrap(AdaLoRA(r=4, target=2)))
     adapter.save(str(tmp_path))
     fresh = net()
     loaded = inlay.load(fresh, str(tmp_path))
-    assert sum(level.method.r for level in loaded.levels) == 4 < sum(level.method.r for level in adapter.levels)
+    assert triplets(loaded) == 4 < triplets(adapter)
     x, _ = data()
     torch.testing.assert_close(fresh(x), model(x), rtol=1e-6, atol=1e-6)
     loaded.save(str(tmp_path / "again"))

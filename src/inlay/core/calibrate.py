@@ -170,20 +170,17 @@ def rebuild(inlay: Inlay, methods: list[Calibrated]) -> None:
         for root in {id(level.method): level.method for level in inlay.levels(name)}.values():
             for outer in reversed([m for m in root.modules() if isinstance(m, Method)]):
                 if id(outer) not in calibrated and any(id(m) in calibrated for m in outer.modules()):
-                    put(outer, own_tensors(outer))
+                    put(outer, begun_again(outer))
 
 
-def own_tensors(outer: Method) -> dict[str, Tensor]:
-    """The tensors that a method would begin with on what it is made of, without those of the latter."""
+def begun_again(outer: Method) -> dict[str, Tensor]:
+    """The tensors of its own that a method would begin with on what it is made of now."""
     twin = type(outer)(**outer.fields())
     twin.__dict__["_site"] = outer.site
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         twin.build(outer.site)
-    inner = {id(t) for m in twin.modules() if isinstance(m, Method) and m is not twin
-             for t in (*m.parameters(), *m.buffers())}  # fmt: skip
-    named = [*twin.named_parameters(), *twin.named_buffers()]
-    return {name: t.detach() for name, t in named if id(t) not in inner}
+    return twin.own_tensors()
 
 
 def fit(own: nn.Module, tensors: Mapping[str, Tensor]) -> None:

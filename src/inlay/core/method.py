@@ -119,12 +119,27 @@ class Method(nn.Module, ABC):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors a saved adapter holds for this site: parameters and states, unless a method folds them."""
-        return dict(self.named_parameters()) | self.states()
+        inner = {f"{part}.{name}": t for part, m in self.made_of().items() for name, t in m.stored().items()}
+        return self.own_tensors() | inner
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `stored` gave; names and shapes are checked by the caller."""
-        for name, t in (dict(self.named_parameters()) | self.states()).items():
+        for part, method in self.made_of().items():
+            method.restore(
+                {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+            )
+        for name, t in self.own_tensors().items():
             t.data.copy_(tensors[name])
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Parameters and states without those of the methods it is made of."""
+        inner = tuple(f"{part}." for part in self.made_of())
+        every = dict(self.named_parameters()) | self.states()
+        return {name: t for name, t in every.items() if not name.startswith(inner)}
+
+    def made_of(self) -> dict[str, Method]:
+        """The methods among its options, by the option's name."""
+        return {name: value for name, value in self.fields().items() if isinstance(value, Method)}
 
     def states(self) -> dict[str, Tensor]:
         """Persistent buffers: what belongs to the adapter without being trained (running statistics, frozen draws)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from inlay.core.sites import LinearHost, Site, StoredHost
 from inlay.interop import lora_layout as layout
 from inlay.interop.family import Family, Part, Reading, Writing, cannot, one_value
 from inlay.interop.fields import COMMON, LAYERS, STORED_TRANSPOSED, TARGETS, Field, idle, need, read, refuse
-from inlay.interop.matching import name_pattern, parameters, value_at
+from inlay.interop.matching import common, parameters, tidy, value_at
 from inlay.methods.weight.dora import DoRA
 from inlay.methods.weight.lora import LoRA
 
@@ -31,8 +30,9 @@ MHA = (
 class LoraFamily(Family):
     peft_type: ClassVar[str] = "LORA"
     note: ClassVar[str] = (
-        "LoRA, DoRA(of=LoRA): Linear, Conv1D, convolutions without groups, Embedding, stacks of experts; CorDA, "
-        "EVA, LoRA-FA, LoRA-SB, LoRA-XS, NOLA, PiSSA and VB-LoRA are written as the LoRA that their update is"
+        "LoRA, DoRA(of=LoRA): Linear, Conv1D, convolutions without groups, Embedding, stacks of experts; other updates "
+        "of low rank (LoRA-FA, LoRA-XS, NOLA, PiSSA, EVA, DyLoRA, Delta-LoRA, ReLoRA, DoRA of VeRA) are written as the "
+        "LoRA that they are"
     )
     fields: ClassVar[tuple[Field, ...]] = (
         *COMMON, *TARGETS, *LAYERS, STORED_TRANSPOSED,
@@ -221,14 +221,3 @@ class LoraFamily(Family):
 def unhooked(site: Site) -> bool:
     """Whether the site is a tensor that no module applies by itself, which PEFT reaches by `target_parameters`."""
     return site.expert is not None or (type(site.host) is StoredHost and site.param != "weight")
-
-
-def common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(the value most have, those of the others by pattern)."""
-    most = Counter(values.values()).most_common(1)[0][0]
-    return most, {name_pattern(key): value for key, value in values.items() if value != most}
-
-
-def tidy(alpha: float) -> float | int:
-    """α as PEFT has it: a whole number where it is one."""
-    return int(alpha) if alpha == int(alpha) else alpha

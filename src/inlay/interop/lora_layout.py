@@ -12,19 +12,9 @@ from inlay.core.matrices import LowRank
 from inlay.core.method import DeltaMethod, Method
 from inlay.core.mount import Level
 from inlay.interop.family import cannot
-from inlay.methods.weight.corda import CorDA
+from inlay.interop.modules import pads_otherwise
 from inlay.methods.weight.dora import DoRA
-from inlay.methods.weight.eva import EVA
 from inlay.methods.weight.lora import LoRA
-from inlay.methods.weight.lorafa import LoRAFA
-from inlay.methods.weight.lorasb import LoRASB
-from inlay.methods.weight.loraxs import LoRAXS
-from inlay.methods.weight.nola import NOLA
-from inlay.methods.weight.pissa import PiSSA
-from inlay.methods.weight.vblora import VBLoRA
-
-FOLDED = (CorDA, EVA, LoRAFA, LoRASB, LoRAXS, NOLA, PiSSA, VBLoRA)
-"""Methods whose update is of low rank: written, it is a LoRA like any other (CorDA's and PiSSA's have the rank 2r)."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -76,10 +66,7 @@ def conv_differs(module: nn.Module) -> str:
         )
     if any(k > 1 and d > 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)):
         return "PEFT's factor A leaves out the base's dilation"
-    padded = module.padding == "same" or any(p != 0 for p in module.padding)
-    if module.padding_mode != "zeros" and padded:
-        return f"PEFT's factor A pads with zeros, the base with padding_mode='{module.padding_mode}'"
-    return ""
+    return pads_otherwise(module)
 
 
 def kernel_like(t: Tensor, module: nn.Module, spread: bool) -> Tensor:
@@ -154,8 +141,9 @@ def together_magnitude(levels: Sequence[Level], W: Tensor) -> Tensor:
 
 
 def takes(method: Method) -> bool:
-    """Whether a method is a LoRA, can be written as one, or is a DoRA of such."""
-    return isinstance(inner(method), (LoRA, *FOLDED))
+    """Whether a method is a LoRA or a DoRA, or has another update of low rank, which is that of a LoRA."""
+    of = inner(method)
+    return isinstance(of, DeltaMethod) and isinstance(of.delta(), LowRank)
 
 
 def inner(method: Method) -> Method:
@@ -169,10 +157,15 @@ def lora_of(method: Method) -> Plain:
     if isinstance(of, LoRA):
         return Plain(of.A, of.B, of.r, of.scale, of.alpha, of.rank_stabilized, of.dropout, of.bias, of.b)
     assert isinstance(of, DeltaMethod)
-    delta = of.delta()
+    training = of.training
+    delta = of.eval().delta()  # while it trains DyLoRA draws a rank
+    of.train(training)
     assert isinstance(delta, LowRank)
     A, B = delta.A.detach().contiguous(), delta.B.detach().contiguous()
-    return Plain(A, B, delta.rank, delta.scale, None, False, of.dropout, False, None)
+    base = of.site.bias
+    moved = of.bias_of(base)
+    b = None if base is None or moved is None or moved is base else (moved - base) / (delta.scale or 1.0)
+    return Plain(A, B, delta.rank, delta.scale, None, False, of.dropout, b is not None, b)
 
 
 def bias_of(lora: Plain, level: Level) -> Tensor | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,3 +144,14 @@ def name_targets(model: nn.Module, paths: Sequence[str], saved: Sequence[str]) -
 def name_pattern(path: str) -> str:
     """A key of `rank_pattern` that matches one path alone."""
     return "^" + re.escape(path)
+
+
+def common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the value most have, those of the others by pattern)."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {name_pattern(key): value for key, value in values.items() if value != most}
+
+
+def tidy(alpha: float) -> float | int:
+    """α as PEFT has it: a whole number where it is one."""
+    return int(alpha) if alpha == int(alpha) else alpha

@@ -31,23 +31,34 @@ from inlay.core.method import Method, Placement
 from inlay.core.mount import Level
 from inlay.core.where import inside
 from inlay.interop import saved
+from inlay.interop.adalora import AdaloraFamily
+from inlay.interop.beft import BeftFamily
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import check
 from inlay.interop.folder import CONFIG, open_folder, save_folder
+from inlay.interop.glora import GloraFamily
 from inlay.interop.ia3 import IA3Family
 from inlay.interop.lora import LoraFamily
+from inlay.interop.lycoris import LohaFamily, LokrFamily
 from inlay.interop.matching import TASK_HEADS, saved_modules, task_of
 from inlay.interop.norms import NormFamily
 from inlay.interop.prompts import KEY, PrefixFamily, PromptFamily
+from inlay.interop.road import RoadFamily
+from inlay.interop.rotations import BoftFamily, OftFamily
+from inlay.interop.vblora import BANK, VbloraFamily
 from inlay.interop.vera import VeraFamily
 from inlay.methods.weight.bitfit import BitFit
 from inlay.methods.weight.full import Full
 
 FAMILIES: dict[str, Family] = {
     family.peft_type: family
-    for family in (LoraFamily(), VeraFamily(), IA3Family(), NormFamily(), PromptFamily(), PrefixFamily())
-}
-"""The PEFT methods that are read and written, by `peft_type`."""
+    for family in (
+        AdaloraFamily(), VbloraFamily(), VeraFamily(), LoraFamily(), LohaFamily(), LokrFamily(), OftFamily(),
+        BoftFamily(), RoadFamily(), GloraFamily(), IA3Family(), NormFamily(), BeftFamily(), PromptFamily(),
+        PrefixFamily(),
+    )
+}  # fmt: skip
+"""The PEFT methods that are read and written, by `peft_type`; the first that takes all of an adapter writes it."""
 
 WRITTEN_FOR = "0.21.2"
 """The version of PEFT whose folders these are."""
@@ -169,6 +180,8 @@ def write(adapter: Adapter, folder: str | Path) -> Path:
     biases = [level for level in levels if isinstance(level.method, BitFit)]
     copies = [level for level in levels if isinstance(level.method, Head | Full)]
     method = [level for level in levels if level not in biases and level not in copies]
+    if not method:  # biases are the method, not beside one
+        method, biases = biases, []
     family = family_for(method, levels)
     writing = Writing(adapter)
     embeddings = [level for level in copies if saved.in_place(level, method)]
@@ -186,7 +199,7 @@ def write(adapter: Adapter, folder: str | Path) -> Path:
     return folder
 
 
-BARE = {"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B", KEY: KEY}
+BARE = {name: f"base_model.{name}" for name in ("vera_A", "vera_B", BANK)} | {KEY: KEY}
 """Tensors that belong to no module of the base."""
 
 
@@ -195,13 +208,14 @@ def family_for(method: Sequence[Level], levels: Sequence[Level]) -> Family:
     if not method:
         names = sorted({type(level.method).__name__ for level in levels})
         raise cannot(f"PEFT has no method for {' and '.join(names)} alone")
+    for family in FAMILIES.values():
+        if all(family.takes(level.method) for level in method):
+            return family
     found = {next((f.peft_type for f in FAMILIES.values() if f.takes(lv.method)), lv.method.label()) for lv in method}
     unknown = sorted(found - set(FAMILIES))
     if unknown:
         raise cannot(f"PEFT has no counterpart of {unknown[0]}")
-    if len(found) > 1:
-        raise cannot(f"PEFT saves one method per folder, this adapter is made of {' and '.join(sorted(found))}")
-    return FAMILIES[found.pop()]
+    raise cannot(f"PEFT saves one method per folder, this adapter is made of {' and '.join(sorted(found))}")
 
 
 def describe(writing: Writing, family: Family) -> dict[str, Any]:
@@ -230,7 +244,7 @@ def support() -> list[dict[str, str]]:
     rows = [
         {"peft_type": "any other", "field": "", "use": "refused", "note": "no method of inlay corresponds to it yet"}
     ]
-    for kind, family in FAMILIES.items():
+    for kind, family in sorted(FAMILIES.items()):
         rows.append({"peft_type": kind, "field": "", "use": "read and written", "note": family.note})
         rows += [{"peft_type": kind, "field": f.name, "use": f.use, "note": f.why} for f in family.fields]
     return rows

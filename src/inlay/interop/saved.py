@@ -112,7 +112,7 @@ def read_biases(reading: Reading) -> list[Part]:
     choice = reading.config.get("bias", "none")
     if choice == "none":
         return []
-    if choice not in ("all", f"{reading.config['peft_type'].lower()}_only"):
+    if choice != "all" and not choice.endswith("_only"):
         raise CheckpointError(f"{reading.folder}: 'bias' = {choice!r} is unknown")
     whole = saved_modules(reading.model, reading.config["modules_to_save"] or ())
     wanted = biases(reading.model, reading.adapted, choice, whole)

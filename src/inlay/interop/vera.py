@@ -16,6 +16,7 @@ from inlay.core.mount import Level
 from inlay.core.sites import LinearHost, TransposedHost
 from inlay.interop.family import Family, Part, Reading, Writing, cannot, one_value
 from inlay.interop.fields import COMMON, LAYERS, SAVED, STORED_TRANSPOSED, Field, Names, idle, need, read
+from inlay.interop.modules import whole_modules
 from inlay.methods.weight.vera import VeRA, projections
 
 
@@ -78,16 +79,11 @@ class VeraFamily(Family):
 
     def write(self, writing: Writing, levels: Sequence[Level]) -> None:
         methods = [level.method for level in levels if isinstance(level.method, VeRA)]
-        for level in levels:
-            site = level.site
-            if site.rows is not None:
-                raise cannot(f"'{site.key}' is part of a packed matrix; PEFT would give it other rows of B")
+        for site in whole_modules(levels, "VeRA"):
             if type(site.host) not in (LinearHost, TransposedHost):
                 raise cannot(f"PEFT has VeRA on linear layers alone, '{site.path}' is {type(site.module).__name__}")
         one_value((method.drawn for method in methods), "pair of projections")
         paths = [level.site.path for level in levels]
-        if len(set(paths)) != len(paths):
-            raise cannot("PEFT has one VeRA per module")
         A, B = self.shared(methods[0])
         if A.shape[1] < max(level.site.d_in for level in levels) or A.shape[0] != methods[0].r:
             raise cannot("the projections are those of other modules")

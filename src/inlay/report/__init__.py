@@ -1,5 +1,6 @@
 """Comparisons as tables, plots and files: from a plain `Result` to terminal, Markdown, CSV, JSON, SVG and HTML."""
 
+from inlay.report.across import across
 from inlay.report.aggregate import COSTS, pareto, rows
 from inlay.report.files import read_json, write_csv, write_json
 from inlay.report.html import write_html
@@ -12,6 +13,7 @@ __all__ = [
     "Cell",
     "ReportError",
     "Result",
+    "across",
     "markdown",
     "pareto",
     "read_json",

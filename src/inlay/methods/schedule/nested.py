@@ -31,6 +31,11 @@ class OverLowRank(DeltaMethod):
 
     def inner(self) -> LowRank:
         """s·B A."""
+        if self.of.kind == self.kind:
+            raise SiteError(
+                f"{type(self).__name__} decides what is trained of its update at each step, and so does "
+                f"{self.of.label()}: keep one of them"
+            )
         if self.of.shares:
             raise SiteError(f"{type(self).__name__} acts place by place, {self.of.label()} trains one tensor for all")
         update = self.of.delta()

@@ -15,7 +15,8 @@ class LoHa(Cored):
 
     The product of two rank-r matrices, entry by entry, has rank up to r². B₁, B₂ (d_out, r) and A₁ (r, d_in) start
     Kaiming-uniform, A₂ at zero. On a convolution A has the base's kernel; with `tucker` (FedPara's proposition 3) the
-    kernel has its own core T (r, r, k…) beside A (r, c_in). The update is formed to be applied.
+    kernel has its own core T (r, r, k…) beside A (r, c_in). The update is formed to be applied. In the Tucker form PEFT
+    0.21.2 trains B by what is not its gradient; its folders are read and written nevertheless.
     """
 
     paper: ClassVar[str] = "Hyeon-Woo, Ye-Bin & Oh 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859"
