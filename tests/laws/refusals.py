@@ -7,7 +7,7 @@ from laws.cases import Case
 MAPS = {"conv1d", "conv1d-same", "conv1d-point", "conv2d", "conv2d-groups", "conv2d-depthwise", "conv2d-same",
         "conv3d", "batchnorm"}  # fmt: skip
 TABLES = {"embedding", "embedding-tied"}
-PACKED = {"int8-tensor", "int8-module", "nf4", "int4"}
+PACKED = {"int8-tensor", "int8-module", "nf4", "int4", "int8"}
 
 REFUSALS: list[tuple[str, set[str], str]] = [
     # nothing there to train

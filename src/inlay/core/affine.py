@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from inlay.core.errors import OptionError
 
+CLIPS = tuple(0.96 - k * 0.46 / 11 for k in range(12))
+"""How far a fitted grid may be clipped: from 0.96 down to half of the largest number."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -38,7 +41,7 @@ class Grid:
         """Row by row the clipped grid with the least squared error, of twelve between none and half clipped."""
         best = cls.of(W, bits, groups)
         least = best.errors(W)
-        for clip in torch.linspace(0.96, 0.5, 12).tolist():
+        for clip in CLIPS:
             other = cls.of(W, bits, groups, clip)
             errors = other.errors(W)
             better = errors < least
@@ -73,32 +76,45 @@ class Grid:
 
 
 class AffineLinear(nn.Module):
-    """x Ŵᵀ + b with Ŵ = s·(W̄ − z); two codes share a byte where they have four bits or fewer."""
+    """x Ŵᵀ + b with Ŵ = s·(W̄ − z); two codes share a byte where they have four bits or fewer.
+
+    The scale is a parameter, frozen like the rest of a base, so that it has a name of its own and a method can train a
+    copy of it (PEQA).
+    """
 
     def __init__(self, of: nn.Linear, bits: int = 8, groups: int = 1) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = of.in_features, of.out_features, bits
         grid = Grid.fitted(of.weight, bits, groups)
         self.register_buffer("codes", packed(grid.codes(of.weight)) if bits <= 4 else grid.codes(of.weight))
-        self.register_buffer("scale", grid.scale.to(of.weight.dtype))
+        self.scale = nn.Parameter(grid.scale.to(of.weight.dtype), requires_grad=False)
         self.register_buffer("zero", grid.zero.to(of.weight.dtype))
         self.bias = of.bias
 
     @property
     def grid(self) -> Grid:
         """Its grid, in the type it computes in."""
-        return Grid(self.get_buffer("scale"), self.get_buffer("zero"), self.bits)
+        return Grid(self.scale, self.get_buffer("zero"), self.bits)
+
+    @property
+    def integers(self) -> Tensor:
+        """W̄ (d_out, d_in) in uint8."""
+        codes = self.get_buffer("codes")
+        return unpacked(codes, self.in_features) if self.bits <= 4 else codes
 
     def dequantize(self) -> Tensor:
         """Ŵ (d_out, d_in)."""
-        codes = self.get_buffer("codes")
-        return self.grid.values(unpacked(codes, self.in_features) if self.bits <= 4 else codes)
+        return self.grid.values(self.integers)
+
+    def alike(self, layer: nn.Linear) -> AffineLinear:
+        """Another layer in the same storage, on a grid of its own."""
+        return AffineLinear(layer, self.bits, self.scale.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.get_buffer('scale').shape[1]}"
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.scale.shape[1]}"
 
 
 def packed(codes: Tensor) -> Tensor:
