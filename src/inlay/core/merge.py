@@ -93,7 +93,7 @@ def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[M
             bias = tensors.get("bias", mount.module._parameters.get("bias"))
             old_module = mount.module
             state.swapped[mount.path] = old_module
-            move(model, mount, plain(old_module, tensors["weight"], bias))
+            exchange(model, old_module, plain(old_module, tensors["weight"], bias))
             continue
         only_copies = all(isinstance(level.method, ParameterMethod) for level in stacks[mount])
         for name, t in tensors.items():
@@ -109,18 +109,19 @@ def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[M
             mount.module._parameters[name] = new
 
 
-def move(model: nn.Module, mount: Mount, module: nn.Module) -> None:
-    """Put another module in the place of a mount's, everywhere in the model, and mount on that."""
-    old = mount.module
-    mount.remove()
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put another module in the place of one, everywhere in the model and for the adapters that are mounted on it."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
-                parent._modules[name] = module
-    mount.module = mount.owner = module
-    for level in (level for levels in mount.levels.values() for level in levels):
-        level.site.module, level.site.host = module, host_of(module)
-    mount.refresh()
+                parent._modules[name] = new
+    for mount in attached(model).state.mounts.values() if "inlay" in model._modules else ():
+        if mount.module is old:
+            mount.remove()
+            mount.module = mount.owner = new
+            for level in (level for levels in mount.levels.values() for level in levels):
+                level.site.module, level.site.host = new, host_of(new)
+            mount.refresh()
 
 
 def unmerge(model: nn.Module) -> None:
@@ -130,8 +131,8 @@ def unmerge(model: nn.Module) -> None:
     if not state.merged_names:
         raise MergeError("nothing is merged")
     for path, module in state.swapped.items():
-        module.train(model.get_submodule(path).training)
-        move(model, state.mounts[path], module)
+        merged = model.get_submodule(path)
+        exchange(model, merged, module.train(merged.training))
     for (path, name), tensor in state.merged.items():
         module = model.get_submodule(path)
         (module._parameters if name in module._parameters else module._buffers)[name] = tensor

@@ -49,6 +49,7 @@ def open(
     dtype: str = "float32",
     seed: int = 0,
     quantize: str | None = None,
+    quantize_group: int | None = None,
 ) -> Opened:
     """Open a model by embedded name, local folder, GGUF file or Hugging Face name.
 
@@ -59,7 +60,8 @@ def open(
         labels: class names, stored in the model's configuration.
         dtype: of the parameters, e.g. "float32" or "bfloat16".
         seed: of the fresh head's initialisation; the global random state is left as it was.
-        quantize: store linear layers in few bits, one of `inlay.models.quantise.KINDS`; None for none.
+        quantize, quantize_group: store linear layers in few bits, as `inlay.models.quantise.quantise` does; None for
+            none.
 
     Raises:
         ModelError: unknown name, task or dtype; labels that do not fit; a checkpoint that does not fit the task.
@@ -97,7 +99,7 @@ def open(
     if quantize is not None:
         from inlay.models.quantise import quantise
 
-        quantise(model, quantize, head)
+        quantise(model, quantize, head, quantize_group)
     return Opened(model.eval(), processor, str(name_or_path), source, note, head)
 
 

@@ -21,7 +21,7 @@ from inlay.core.where import Finder
 KINDS = ("nf4", "int8", "int4")
 
 
-def quantise(model: nn.Module, kind: str, head: Sequence[str] = ()) -> list[str]:
+def quantise(model: nn.Module, kind: str, head: Sequence[str] = (), group: int | None = None) -> list[str]:
     """Replace the model's linear layers by quantised ones, in place; returns their paths.
 
     Embeddings, a language model's output layer, the modules of `head`, and layers whose own forward is bypassed
@@ -30,31 +30,46 @@ def quantise(model: nn.Module, kind: str, head: Sequence[str] = ()) -> list[str]
     Args:
         kind: `nf4`, `int8` or `int4`.
         head: paths of modules that will be trained.
+        group: inputs that share a scale on an affine grid, where it divides their number, else a whole row does; by
+            default 64 for int4 and a row for int8.
 
     Raises:
         OptionError: an unknown kind, or bitsandbytes is not installed.  SiteError: no linear layer.
     """
+    check_kind(kind, group)
+    layers = linear_layers(model, head)
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent).register_module(name, quantised(layer, kind, group).train(layer.training))
+    return list(layers)
+
+
+def check_kind(kind: str, group: int | None) -> None:
+    """OptionError where no layer can be stored so."""
     if kind not in KINDS:
         raise OptionError(f"unknown quantisation '{kind}' (known: {', '.join(KINDS)})")
+    if kind == "nf4" and group is not None:
+        raise OptionError("nf4 has groups of 64 always: a group size is for int4 and int8")
+
+
+def linear_layers(model: nn.Module, head: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """The layers that `quantise` replaces, by path."""
     finder = Finder(model, tuple(head))
-    paths = [part.path for part in finder.parts("all-linear") if type(finder.modules[part.path]) is nn.Linear]
-    paths = [path for path in paths if not isinstance(finder.modules[path.rpartition(".")[0]], nn.MultiheadAttention)]
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        old = finder.modules[path]
-        assert isinstance(old, nn.Linear)
-        model.get_submodule(parent).register_module(name, quantised(old, kind).train(old.training))
-    return paths
+    layers = {part.path: finder.modules[part.path] for part in finder.parts("all-linear")}
+    return {
+        path: layer
+        for path, layer in layers.items()
+        if type(layer) is nn.Linear and not isinstance(finder.modules[path.rpartition(".")[0]], nn.MultiheadAttention)
+    }
 
 
-def quantised(layer: nn.Linear, kind: str) -> nn.Module:
-    """The layer in few bits; int4 has a scale for every 64 inputs where they divide."""
+def quantised(layer: nn.Linear, kind: str, group: int | None = None) -> NF4Linear | AffineLinear:
+    """The layer in few bits, see `quantise`."""
     if kind == "nf4":
         return NF4Linear(layer)
-    if kind == "int8":
-        return AffineLinear(layer, bits=8)
-    d = layer.in_features
-    return AffineLinear(layer, bits=4, groups=d // 64 if d % 64 == 0 else 1)
+    bits, d = int(kind.removeprefix("int")), layer.in_features
+    group = group or (64 if bits <= 4 else d)
+    return AffineLinear(layer, bits, groups=d // group if d % group == 0 else 1)
 
 
 class NF4Linear(nn.Module):
@@ -95,6 +110,10 @@ class NF4Linear(nn.Module):
         """Ŵ (d_out, d_in)."""
         return bitsandbytes().dequantize_4bit(self.get_buffer("codes"), self.state)
 
+    def alike(self, layer: nn.Linear) -> NF4Linear:
+        """Another layer in the same storage."""
+        return NF4Linear(layer)
+
     def forward(self, x: Tensor) -> Tensor:
         from bitsandbytes import matmul_4bit
 
@@ -129,5 +148,6 @@ def steps(device: torch.device) -> Tensor:
 def stored_bytes(model: nn.Module) -> tuple[int, int]:
     """(bytes, numbers) of the matrices that `quantise` stored, scales of every level included; biases are not."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear | AffineLinear)]
-    size = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
+    size = sum(t.nbytes for m in layers for t in m.state_dict().values())
+    size -= sum(m.bias.nbytes for m in layers if m.bias is not None)
     return size, sum(m.in_features * m.out_features for m in layers)
