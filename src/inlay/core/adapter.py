@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from inlay.core.quantised import numbers
 from inlay.core.sharded import is_sharded
 from inlay.core.sites import Site
 from inlay.core.where import Finder, Pattern, inside, matches
+
+if TYPE_CHECKING:
+    from inlay.core.merge import Merged
 
 HEAD = "head"
 Methods = Method | Placement | str | dict | Sequence[Method | Placement | str | dict]
@@ -451,11 +454,11 @@ class Adapter:
 
         save(self, folder, about)
 
-    def merge(self, dequantise: bool = False) -> None:
+    def merge(self, dequantise: bool = False, requantise: bool = False) -> Merged:
         """Fold this adapter into the base's tensors, see `inlay.core.merge`; `unmerge` restores them bit for bit."""
         from inlay.core.merge import merge
 
-        merge(self.model, self.name, dequantise=dequantise)
+        return merge(self.model, self.name, dequantise=dequantise, requantise=requantise)
 
     def unmerge(self) -> None:
         """Undo `merge`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +100,7 @@ class AffineLinear(nn.Module):
     @property
     def integers(self) -> Tensor:
         """W̄ (d_out, d_in) in uint8."""
-        codes = self.get_buffer("codes")
-        return unpacked(codes, self.in_features) if self.bits <= 4 else codes
+        return integers(self.get_buffer("codes"), self.bits, self.in_features)
 
     def dequantize(self) -> Tensor:
         """Ŵ (d_out, d_in)."""
@@ -111,10 +111,45 @@ class AffineLinear(nn.Module):
         return AffineLinear(layer, self.bits, self.scale.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        if x.is_nested or not torch.is_grad_enabled():
+            return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        return Product.apply(x, self.scale, self.bias, self.get_buffer("zero"), self.get_buffer("codes"), self.bits)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.scale.shape[1]}"
+
+
+class Product(torch.autograd.Function):
+    """x Ŵᵀ + b; the backward pass makes Ŵ again, where autograd would keep it for every layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, bias: Tensor | None, zero: Tensor, codes: Tensor, bits: int
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, zero, codes)
+        ctx.bits, ctx.d_in, ctx.types = bits, x.shape[-1], (x.dtype, None if bias is None else bias.dtype)
+        return F.linear(x, Grid(scale, zero, bits).values(integers(codes, bits, x.shape[-1])).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero, codes = ctx.saved_tensors
+        k = integers(codes, ctx.bits, ctx.d_in)
+        of_x = of_scale = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = (g @ Grid(scale, zero, ctx.bits).values(k).to(g.dtype)).to(ctx.types[0])
+        rows = g.flatten(0, -2)
+        if ctx.needs_input_grad[1]:  # ∂L/∂s = Σ ∂L/∂Ŵ ⊙ (W̄ − z) over each group
+            of_W = rows.T @ x.flatten(0, -2).to(g.dtype)
+            steps = k.unflatten(1, (scale.shape[1], -1)).to(g.dtype) - zero[..., None].to(g.dtype)
+            of_scale = (of_W.unflatten(1, (scale.shape[1], -1)) * steps).sum(-1).to(scale.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(0).to(ctx.types[1])
+        return of_x, of_scale, of_bias, None, None, None
+
+
+def integers(codes: Tensor, bits: int, d_in: int) -> Tensor:
+    """Codes as they are stored, one to a byte again."""
+    return unpacked(codes, d_in) if bits <= 4 else codes
 
 
 def packed(codes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from inlay.core.affine import AffineLinear
 from inlay.core.errors import OptionError
+from inlay.core.sites import hollow
 from inlay.core.where import Finder
 
 KINDS = ("nf4", "int8", "int4")
@@ -82,27 +83,26 @@ class NF4Linear(nn.Module):
     def __init__(self, of: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = of.in_features, of.out_features
-        codes, state = bitsandbytes().quantize_4bit(
-            of.weight.detach().contiguous(), compress_statistics=True, quant_type="nf4"
-        )
+        codes, largest, scale, offset = nf4_shapes(of.weight) if hollow(of.weight) else nf4(of.weight)
         self.register_buffer("codes", codes)
-        self.register_buffer("largest", state.absmax)
+        self.register_buffer("largest", largest)
         # bits of floats, so that `.to(torch.bfloat16)` leaves them as they are
-        self.register_buffer("scale", state.state2.absmax.view(torch.int32))
-        self.register_buffer("offset", state.offset.view(torch.int32))
+        self.register_buffer("scale", scale.view(torch.int32))
+        self.register_buffer("offset", offset.view(torch.int32))
         self.register_buffer("like", torch.empty(0, dtype=of.weight.dtype))
         self.bias = of.bias
 
     @property
     def state(self) -> Any:
         """What bitsandbytes wants to know beside the codes."""
-        bits, device = bitsandbytes(), self.get_buffer("codes").device
+        bits, codes = bitsandbytes(), self.get_buffer("codes")
+        first, second = codebooks(codes)
         scales = bits.QuantState(
-            absmax=self.get_buffer("scale").view(torch.float32), code=steps(device), blocksize=256, dtype=torch.float32
+            absmax=self.get_buffer("scale").view(torch.float32), code=second, blocksize=256, dtype=torch.float32
         )
         return bits.QuantState(
             absmax=self.get_buffer("largest"), shape=torch.Size((self.out_features, self.in_features)),
-            code=quantiles(device), blocksize=64, quant_type="nf4", dtype=self.get_buffer("like").dtype,
+            code=first, blocksize=64, quant_type="nf4", dtype=self.get_buffer("like").dtype,
             offset=self.get_buffer("offset").view(torch.float32), state2=scales,
         )  # fmt: skip
 
@@ -123,6 +123,19 @@ class NF4Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
+def nf4(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, the blocks' largest numbers in 8 bits, and the scales and the offset of those, float32."""
+    codes, state = bitsandbytes().quantize_4bit(W.detach().contiguous(), compress_statistics=True, quant_type="nf4")
+    return codes, state.absmax, state.state2.absmax, state.offset
+
+
+def nf4_shapes(W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for a matrix without numbers."""
+    blocks = -(-W.numel() // 64)
+    codes, largest = W.new_empty((W.numel() + 1) // 2, 1, dtype=torch.uint8), W.new_empty(blocks, dtype=torch.uint8)
+    return codes, largest, W.new_empty(-(-blocks // 256), dtype=torch.float32), W.new_empty((), dtype=torch.float32)
+
+
 def bitsandbytes() -> Any:
     """bitsandbytes' functions; OptionError where it is not installed."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can do without
@@ -131,6 +144,13 @@ def bitsandbytes() -> Any:
     except ImportError:
         raise OptionError("nf4 needs bitsandbytes: pip install 'inlay[quantize]'") from None
     return bits
+
+
+def codebooks(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of NF4 and of the second quantisation, beside these codes."""
+    if hollow(codes):  # those that are kept for later must not be without numbers
+        return codes.new_empty(16, dtype=torch.float32), codes.new_empty(256, dtype=torch.float32)
+    return quantiles(codes.device), steps(codes.device)
 
 
 @cache
