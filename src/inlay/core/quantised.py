@@ -79,7 +79,8 @@ def shape(module: nn.Module) -> tuple[int, int]:
 
 def numbers(modules: Iterable[nn.Module]) -> int:
     """Numbers that modules hold themselves, tied tensors once; a quantised matrix counts as what it stands for."""
-    total, held = 0, {}
+    total = 0
+    held: dict[int, int] = {}
     for module in modules:
         packed = is_quantised(module)
         total += prod(shape(module)) if packed else 0

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from inlay.models.catalogue import ModelError, fetch, find, from_gguf, unknown
+from inlay.models.fewbits import open_few_bits, stored_in_few_bits
 from inlay.models.quiet import quiet
 
 TASKS = ("text-classification", "regression", "causal-lm", "image-classification", "features")
@@ -78,9 +79,12 @@ def open(
                 raise ModelError(f"{name_or_path} ({config.model_type}) has no {task} model in transformers.")
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # of the CPU only: heads are initialised there
-                model, report = auto.from_pretrained(
-                    source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
-                )
+                if stored_in_few_bits(source):
+                    model, report = open_few_bits(auto, source, _dtype(dtype), settings)
+                else:
+                    model, report = auto.from_pretrained(
+                        source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
+                    )
             processor = _processor(source, model)
         except ModelError:
             raise
