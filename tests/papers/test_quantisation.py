@@ -23,12 +23,13 @@ class OnCPU(TorchFunctionMode):
     """What PEFT sends to a GPU stays where it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is Tensor.to and "cuda" in (*args[1:], kwargs.get("device")):
-            args, kwargs = args[:1], {k: v for k, v in kwargs.items() if k != "device"} or {"copy": False}
-            if kwargs == {"copy": False}:
-                return args[0]
-        return func(*args, **kwargs)
+        if func is Tensor.to:
+            args, kwargs = tuple(map(here, args)), {name: here(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def here(value: Any) -> Any:
+    return "cpu" if isinstance(value, str | torch.device) and str(value).startswith("cuda") else value
 
 
 class Single(nn.Module):
@@ -39,7 +40,7 @@ class Single(nn.Module):
         import bitsandbytes.functional as bits
 
         self.in_features, self.out_features = of.in_features, of.out_features
-        codes, state = bits.quantize_4bit(of.weight.detach(), compress_statistics=False, quant_type="nf4")
+        codes, state = bits.quantize_4bit(of.weight.detach().contiguous(), compress_statistics=False, quant_type="nf4")
         self.register_buffer("W", bits.dequantize_4bit(codes, state))
 
     def dequantize(self) -> Tensor:
@@ -52,7 +53,7 @@ def test_loftq_is_pefts(iterations: int) -> None:
     from peft.utils.loftq_utils import loftq_init
 
     torch.manual_seed(0)
-    layer, r = nn.Linear(96, 80, bias=False), 6
+    layer, r = of(torch.randn(80, 3) @ torch.randn(3, 128) + 0.3 * torch.randn(80, 128)), 6
     with OnCPU():
         Q, A, B = loftq_init(layer.weight.detach().clone(), num_bits=4, reduced_rank=r, num_iter=iterations)
     adapter = inlay.adapt(nn.Sequential(layer), LoRA(r=r, alpha=float(r)), "0")
@@ -68,7 +69,7 @@ def test_loftq_is_pefts(iterations: int) -> None:
 @pytest.mark.parametrize(("kind", "r"), [("nf4", 8), ("int4", 8), ("nf4", 16)])
 def test_loftq_lowers_the_error_at_every_iteration(kind: str, r: int) -> None:
     """Li et al., figure 3's claim on real weights: below quantisation alone from the first iteration, then lower."""
-    model = inlay.models.open("minilm", "text-classification", num_labels=2).model
+    model = inlay.models.open("minilm", "features").model
     adapter = inlay.adapt(model, LoRA(r=r), ["attn.q", "mlp.down"], layers=[0, 5])
     before = {lv.site.path: lv.site.weight.clone() for lv in adapter.levels}
     errors = inlay.loftq(adapter, kind, iterations=5)

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.affine import AffineLinear
@@ -100,15 +101,23 @@ class NF4Linear(nn.Module):
         scales = bits.QuantState(
             absmax=self.get_buffer("scale").view(torch.float32), code=second, blocksize=256, dtype=torch.float32
         )
+        shape = (self.out_features, self.in_features) if self.aligned else (self.out_features * self.in_features,)
         return bits.QuantState(
-            absmax=self.get_buffer("largest"), shape=torch.Size((self.out_features, self.in_features)),
+            absmax=self.get_buffer("largest"), shape=torch.Size(shape),
             code=first, blocksize=64, quant_type="nf4", dtype=self.get_buffer("like").dtype,
             offset=self.get_buffer("offset").view(torch.float32), state2=scales,
         )  # fmt: skip
 
     def dequantize(self) -> Tensor:
         """Ŵ (d_out, d_in)."""
-        return bitsandbytes().dequantize_4bit(self.get_buffer("codes"), self.state)
+        values = bitsandbytes().dequantize_4bit(self.get_buffer("codes"), self.state)
+        return values.view(self.out_features, self.in_features)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether blocks end where rows do. bitsandbytes' kernels for CPUs give wrong numbers where they do not, but
+        right ones for the matrix as a single row."""
+        return self.in_features % 64 == 0
 
     def alike(self, layer: nn.Linear) -> NF4Linear:
         """Another layer in the same storage."""
@@ -117,6 +126,8 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         from bitsandbytes import matmul_4bit
 
+        if not self.aligned:
+            return F.linear(x, self.dequantize().to(x.dtype), self.bias)
         return matmul_4bit(x, self.get_buffer("codes"), bias=self.bias, quant_state=self.state)
 
     def extra_repr(self) -> str:

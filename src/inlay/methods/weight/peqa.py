@@ -20,7 +20,7 @@ class PEQA(ParameterMethod):
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Kim et al. 2023, arXiv 2305.14152"
     needs: ClassVar[str] = "int4"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-4
 
     def wants(self, module: nn.Module, name: str) -> bool:
         return name == "scale" and isinstance(module, AffineLinear)
