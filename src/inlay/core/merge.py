@@ -142,7 +142,9 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             mount.remove()
             mount.module = mount.owner = new
             for level in (level for levels in mount.levels.values() for level in levels):
-                level.site.module, level.site.host = new, host_of(new)
+                level.site.module = new
+                if level.site.param == "weight":
+                    level.site.host = host_of(new)
             mount.refresh()
 
 

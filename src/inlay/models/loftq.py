@@ -166,7 +166,7 @@ def alternate(
         if not sites:
             return Fitted(stored, [], [], errors)
         triplets = [svd(site.matrix_of(lost), r, subspace) for site, r in zip(sites, ranks, strict=True)]
-        now = [(U * S.sqrt(), (V * S.sqrt()).T.contiguous()) for U, S, V in triplets]
+        now = [((U * S.sqrt()).contiguous(), (V * S.sqrt()).T.contiguous()) for U, S, V in triplets]
         error = float(subtracted(lost, sites, now).norm() / size)
         if best is not None and error >= errors[-1]:
             break
