@@ -66,17 +66,17 @@ def test_every_low_rank_method_begins_nearer_to_the_base(method: str, tmp_path: 
         W, level = net().get_submodule(path).weight, next(lv for lv in adapter.levels if lv.site.path == path)
         near = float((level.method.weight(level.site.weight) - W).norm() / W.norm())
         assert near < 1.05 * errors[path][-1] if "dora" in method else near == pytest.approx(errors[path][-1], rel=1e-3)
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-4)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.005)
     goal, losses = net()(X).detach() + 0.3, []
     model.train()
-    for k in range(5):
-        loss = (model(X) - goal).square().mean() + inlay.penalty(model)
+    for k in range(8):
+        loss = (model(X) - goal).square().mean()
         losses.append(float(loss.detach()))
         loss.backward()
         optimizer.step()
-        inlay.step(model, (k + 1) / 5, optimizer)
+        inlay.step(model, (k + 1) / 8, optimizer)
         optimizer.zero_grad()
-    assert min(losses[1:]) < losses[0]
+    assert losses[-1] < losses[0], losses
     model.eval()
     adapter.save(str(tmp_path))
     again = net()

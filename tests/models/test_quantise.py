@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2Model
 
 import inlay
 from inlay.core.affine import AffineLinear, Grid, packed, unpacked
@@ -129,6 +129,10 @@ def test_refusals() -> None:
         quantise(nn.Sequential(nn.Linear(2, 2)), "nf3")
     with pytest.raises(SiteError, match="matches nothing"):
         quantise(nn.Sequential(nn.Conv1d(2, 2, 1)), "int8")
+    with pytest.raises(SiteError, match=r"GPT2Model has no `nn.Linear`"):
+        quantise(GPT2Model(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1)), "int8")
+    with pytest.raises(OptionError, match="groups of 64 always"):
+        quantise(nn.Sequential(nn.Linear(2, 2)), "nf4", group=2)
     with pytest.raises(OptionError, match="2 to 8 bits"):
         Grid.of(torch.zeros(2, 2), 9)
     with pytest.raises(OptionError, match="do not divide"):

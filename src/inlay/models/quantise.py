@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.affine import AffineLinear
-from inlay.core.errors import OptionError
+from inlay.core.errors import OptionError, SiteError
 from inlay.core.sites import hollow
 from inlay.core.where import Finder
 
@@ -55,14 +55,18 @@ def check_kind(kind: str, group: int | None) -> None:
 
 
 def linear_layers(model: nn.Module, head: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The layers that `quantise` replaces, by path."""
+    """The layers that `quantise` replaces, by path; SiteError where there is none."""
     finder = Finder(model, tuple(head))
     layers = {part.path: finder.modules[part.path] for part in finder.parts("all-linear")}
-    return {
+    parents = {path: finder.modules[path.rpartition(".")[0]] for path in layers}
+    found = {
         path: layer
         for path, layer in layers.items()
-        if type(layer) is nn.Linear and not isinstance(finder.modules[path.rpartition(".")[0]], nn.MultiheadAttention)
+        if type(layer) is nn.Linear and not isinstance(parents[path], nn.MultiheadAttention)
     }
+    if not found:
+        raise SiteError(f"{type(model).__name__} has no `nn.Linear` that could be stored in few bits")
+    return found
 
 
 def quantised(layer: nn.Linear, kind: str, group: int | None = None) -> NF4Linear | AffineLinear:
