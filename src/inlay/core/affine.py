@@ -139,9 +139,9 @@ class Product(torch.autograd.Function):
             of_x = (g @ Grid(scale, zero, ctx.bits).values(k).to(g.dtype)).to(ctx.types[0])
         rows = g.flatten(0, -2)
         if ctx.needs_input_grad[1]:  # ∂L/∂s = Σ ∂L/∂Ŵ ⊙ (W̄ − z) over each group
-            of_W = rows.T @ x.flatten(0, -2).to(g.dtype)
-            steps = k.unflatten(1, (scale.shape[1], -1)).to(g.dtype) - zero[..., None].to(g.dtype)
-            of_scale = (of_W.unflatten(1, (scale.shape[1], -1)) * steps).sum(-1).to(scale.dtype)
+            of_W, wide = rows.T @ x.flatten(0, -2).to(g.dtype), torch.promote_types(g.dtype, torch.float32)
+            steps = k.unflatten(1, (scale.shape[1], -1)).to(wide) - zero[..., None].to(wide)
+            of_scale = (of_W.to(wide).unflatten(1, (scale.shape[1], -1)) * steps).sum(-1).to(scale.dtype)
         if ctx.needs_input_grad[2]:
             of_bias = rows.sum(0).to(ctx.types[1])
         return of_x, of_scale, of_bias, None, None, None
