@@ -8,8 +8,11 @@ import torch
 
 import inlay
 from inlay.architectures import configuration
+from inlay.core.adapter import find_head
 from inlay.core.errors import InlayError
 from inlay.core.method import method_from
+from inlay.core.where import Finder
+from inlay.models.quantise import quantise
 from inlay.plan import fake, skeleton
 
 ARCHITECTURES = ("roberta-base", "gpt2-medium", "llama-7b", "vit-base")
@@ -31,11 +34,17 @@ def counts(arch: str, methods: list[str]) -> dict[str, Count]:
     config, task, _ = configuration(arch)
     with fake():
         model = skeleton(config, task, torch.float32)
-        return {text: count(model, text) for text in methods}
+        return {
+            text: count(skeleton(config, task, torch.float32) if method_from(text).needs else model, text)
+            for text in methods
+        }
 
 
 def count(model: torch.nn.Module, text: str) -> Count:
+    """On the model, or on one whose layers are stored as the method needs them, which is then no longer as it was."""
     try:
+        if method_from(text).needs:
+            quantise(model, method_from(text).needs, find_head(Finder(model)))
         adapter = inlay.adapt(model, text)
     except InlayError as error:
         return Count(refused=str(error).replace(method_from(text).label(), "the method"))

@@ -34,10 +34,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import inlay
 from inlay.methods import {imports}
-
+{quantise}
 config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 model = BertForSequenceClassification(config)  # a small random one; any pretrained model goes here
-adapter = inlay.adapt(model, {call})
+{stored}adapter = inlay.adapt(model, {call})
 print(adapter)
 
 optimizer = torch.optim.AdamW(adapter.parameters(), lr={rate:g})
@@ -52,6 +52,7 @@ adapter.save("adapter")
 """
 START = 'inlay.calibrate(model, [{"input_ids": ids, "labels": labels}])  # in earnest several batches of real data\n'
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
+STORED = 'quantise(model, "{kind}", head=["classifier"])\n'
 MERGED = "adapter.merge()  # the network is an ordinary one again; adapter.unmerge() takes it back\n"
 
 
@@ -161,7 +162,9 @@ def snippet(cls: type[Method]) -> str:
     call = f"{cls.__name__}({o.name}={shown(o.default)})" if o else f"{cls.__name__}()"
     text = SNIPPET.format(imports=", ".join(imports), call=call, rate=cls.learning_rate,
                           start=START if issubclass(cls, Calibrated) else "",
-                          step=STEP if cls.step is not Method.step else "")  # fmt: skip
+                          step=STEP if cls.step is not Method.step else "",
+                          quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
+                          stored=STORED.format(kind=cls.needs) if cls.needs else "")  # fmt: skip
     return text + (MERGED if cls.mergeable else "")
 
 
@@ -173,6 +176,7 @@ def command_lines(cls: type[Method], counts: Counts) -> str:
         value = o.default.name() if isinstance(o.default, Method) else str(o.default).lower()
         chosen = f" --set {o.name}={value}"
     arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
+    chosen += f" --quantize {cls.needs}" if cls.needs else ""
     train = f"inlay train --model minilm --data trec --method {cls.name()}{chosen} --output runs/{cls.name()}"
     return (
         f"```bash\ninlay plan --arch {arch} --method {cls.name()}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay.core.affine import AffineLinear
+
 Inputs = dict[str, Tensor]
 ROWS = 4
 
@@ -115,25 +117,6 @@ class Transformer(nn.Module):
         return self.norm(self.blocks(x))
 
 
-class Int8Linear(nn.Module):
-    """A linear layer stored as 8-bit integers and one scale per row."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__()
-        W = torch.randn(d_out, d_in) * d_in**-0.5
-        scale = W.abs().amax(1, keepdim=True) / 127
-        self.in_features, self.out_features = d_in, d_out
-        self.register_buffer("scale", scale)
-        self.register_buffer("weight", (W / scale).round().to(torch.int8))
-        self.bias = nn.Parameter(torch.zeros(d_out))
-
-    def dequantize(self) -> Tensor:
-        return self.get_buffer("weight") * self.get_buffer("scale")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize(), self.bias)
-
-
 def conv1d_of_transformers() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -183,7 +166,10 @@ PLACES = (
         "experts", lambda: Single(Experts()), vectors(3, 8), ("inner.up",),
         "stacks of experts held in one three-dimensional parameter",
     ),
-    Place("quantised", lambda: Single(Int8Linear(8, 12)), vectors(3, 8), ("inner",), "a linear layer stored in 8 bits"),
+    Place(
+        "quantised", lambda: Single(AffineLinear(nn.Linear(8, 12))), vectors(3, 8), ("inner",),
+        "a linear layer stored in 8 bits (`quantize: int8`)",
+    ),
     Place("norm", single(nn.LayerNorm, 12), vectors(3, 12), ("inner",), "a normalisation layer"),
     Place("block", Transformer, vectors(5, 8), ("block",), "the hidden state that leaves a transformer block"),
     Place("tokens", bert, ids("input_ids"), None, "the token sequence and the attentions that read it"),

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from inlay.architectures import configuration
-from inlay.core.adapter import Adapter, Methods, adapt
+from inlay.core.adapter import Adapter, Methods, adapt, find_head
 from inlay.core.checkpoint import describe_site, stored_tensors
 from inlay.core.errors import OptionError
 from inlay.core.files import canonical
+from inlay.core.where import Finder
+from inlay.models.quantise import quantise
 
 ABOUT_BYTES = 3000
 """What a description says besides its sites: recipe, task, metrics, digests; about 3 kB as `train` writes it."""
@@ -67,6 +69,8 @@ def plan(
     batch: int = 32,
     length: int | None = None,
     dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
+    quantize_group: int | None = None,
     gradient_checkpointing: bool = False,
     memory: bool = True,
 ) -> Plan:
@@ -81,6 +85,7 @@ def plan(
         length: tokens per row, by default 128 or what the model takes; for images their side in pixels, by default the
             model's own.
         dtype: type of the base; trained tensors are float32.
+        quantize, quantize_group: how the base's linear layers are stored, as for `inlay.models.open`.
         memory: whether to run the step that predicts the peak.
 
     Raises:
@@ -99,6 +104,8 @@ def plan(
         raise OptionError(f"{arch} takes {most} tokens at most, and length is {length}")
     with fake():
         model = skeleton(config, task, dtype)
+        if quantize is not None:
+            quantise(model, quantize, find_head(Finder(model)) if head == "auto" else head or (), quantize_group)
         adapter = adapt(
             model, methods, list(where) if where else None, layers=layers, exclude=exclude, overrides=overrides,
             head=head,

@@ -64,6 +64,12 @@ class Settings:
     quantize: Literal["nf4", "int8", "int4"] | None = option(
         default=None, doc="hold the base's linear layers in few bits: NormalFloat, or affine (QLoRA is LoRA on nf4)"
     )
+    quantize_group: int | None = option(
+        default=None, doc="inputs that share a scale on an affine base; null: 64 in int4, a whole row in int8", low=1
+    )
+    loftq: int = option(
+        default=0, doc="LoftQ: times that base and low-rank update are fitted to each other; 0: only rounded", low=0
+    )
     gradient_checkpointing: bool = option(default=False, doc="recompute activations in the backward pass")
     device: str = option(default="auto", doc="auto, cpu, cuda or cuda:N")
     # ------------------------------------------------------------------ evaluation
@@ -86,6 +92,10 @@ class Settings:
             object.__setattr__(self, name, opt.check("the recipe", value))
         if not self.base_dropout and self.gradient_checkpointing:
             raise OptionError("gradient_checkpointing recomputes in training mode only: leave base_dropout on with it")
+        if self.quantize_group is not None and self.quantize not in ("int8", "int4"):
+            raise OptionError("quantize_group is for an affine base: set quantize to int8 or int4")
+        if self.loftq and self.quantize is None:
+            raise OptionError("loftq fits a quantised base: say how it is stored, quantize: nf4")
         if self.steps is None and self.epochs == 0:
             raise OptionError("nothing to train: epochs is 0 and steps is not given")
 

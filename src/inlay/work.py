@@ -17,6 +17,7 @@ from inlay.core.errors import OptionError
 from inlay.data import Data, Prepared
 from inlay.data.batches import TokenRows
 from inlay.models import Opened
+from inlay.models.loftq import loftq
 from inlay.recipe import Recipe, Settings
 
 T = TypeVar("T")
@@ -75,10 +76,14 @@ class Work:
                     "name the head's modules yourself (head: […])"
                 )
             head = list(self.opened.head)
-        return adapt(
+        adapter = adapt(
             self.model, list(recipe.placements()), recipe.where, name=name, exclude=recipe.exclude,
             layers=recipe.layers, overrides=recipe.overrides, head=head, seed=recipe.seed,
         )  # fmt: skip
+        if recipe.loftq:
+            assert recipe.quantize is not None
+            loftq(adapter, recipe.quantize, recipe.loftq, recipe.quantize_group)
+        return adapter
 
 
 @dataclass
@@ -118,10 +123,12 @@ def open_work(recipe: Settings, seed: int = 0, shared: Shared | None = None) -> 
         source, lambda: inlay.data.load(recipe.data, recipe.columns, recipe.task, recipe.limit, seed=0)
     )
     dtype = "bfloat16" if recipe.precision == "bfloat16" else "float32"
-    opened: Opened = shared.opened.get(
-        [recipe.model, data.task, data.labels, dtype, seed, recipe.quantize],
+    bits, group = (None, None) if recipe.loftq else (recipe.quantize, recipe.quantize_group)
+    kept = Cache() if recipe.loftq else shared.opened  # LoftQ quantises the model for one adapter
+    opened: Opened = kept.get(
+        [recipe.model, data.task, data.labels, dtype, seed, bits, group],
         lambda: inlay.models.open(
-            recipe.model, data.task, labels=data.labels, dtype=dtype, seed=seed, quantize=recipe.quantize
+            recipe.model, data.task, labels=data.labels, dtype=dtype, seed=seed, quantize=bits, quantize_group=group
         ),
     )
     prepared: Prepared = shared.prepared.get(

@@ -100,6 +100,8 @@ class Bench:
     """Whether methods that act on the token sequence find one here."""
     routable: bool = True
     quantised: bool = False
+    grids: bool = False
+    """Whether it has layers on an affine grid."""
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh copy, always with the same numbers, in evaluation mode."""

@@ -64,6 +64,7 @@ SETTINGS: dict[str, list[str]] = {
     "ether": ["ether", "ether(blocks=2, side='output')"],
     "etherplus": ["etherplus", "etherplus(blocks=2, side='input')"],
     "glora": ["glora(r=2)", "glora(A='vector', B='constant', C='vector', D='constant', E='none')"],
+    "peqa": ["peqa"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "normtuning": ["normtuning", "normtuning(statistics='adapted')"],
     "houlsby": ["houlsby(r=3, init='near')"],
@@ -87,6 +88,8 @@ def methods() -> tuple[Method, ...]:
 
 def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
     """Where a method of that family goes on a bench, empty for its own places; None where the bench has none."""
+    if method.needs and not bench.grids:
+        return None
     if isinstance(method, ParameterMethod):
         return bench.tensors or None
     if isinstance(method, WeightMethod):

@@ -98,7 +98,7 @@ def of_int8(layer: nn.Linear) -> nn.Linear:
 
 
 STORED = {"int8-tensor": of_int8, "int8-module": Int8Linear, "nf4": NF4Linear,
-          "int4": lambda layer: AffineLinear(layer, bits=4, groups=2)}  # fmt: skip
+          "int4": lambda layer: AffineLinear(layer, bits=4, groups=2), "int8": AffineLinear}  # fmt: skip
 """Two that are written here, and inlay's own."""
 
 
@@ -134,8 +134,10 @@ class PackedSlot(Slot):
 
 def benches() -> list[Bench]:
     slots = (PackedSlot("up"), PackedSlot("down"))
-    return [
+    found = [
         Bench(kind, lambda kind=kind: Packed(kind), vectors(4, 3, 8), slots, ("up", "down"), ("up", "down"),
-              quantised=True)
-        for kind in STORED
+              quantised=True, grids=kind == "int4")
+        for kind in STORED if kind != "int8"
     ]  # fmt: skip
+    # int8 is int4 with other numbers to all methods but those that train its tensors
+    return [*found, Bench("int8", lambda: Packed("int8"), vectors(4, 3, 8), quantised=True, grids=True)]

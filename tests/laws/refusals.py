@@ -8,7 +8,7 @@ MAPS = {"conv1d", "conv1d-same", "conv1d-point", "conv2d", "conv2d-groups", "con
         "conv3d", "batchnorm"}  # fmt: skip
 TABLES = {"embedding", "embedding-tied"}
 UNSEEN = {"mha", "mha-split", "encoder", "encoder-padded", "mixtral", "qwen-moe", "gpt-oss"}
-PACKED = {"int8-tensor", "int8-module", "nf4", "int4"}
+PACKED = {"int8-tensor", "int8-module", "nf4", "int4", "int8"}
 
 REFUSALS: list[tuple[str, set[str], str]] = [
     # nothing there to train

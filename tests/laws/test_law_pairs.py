@@ -89,7 +89,7 @@ def test_what_must_compose_and_what_must_not() -> None:
         and issubclass(REGISTRY[b], WeightMethod | ParameterMethod)
         and pair(a, b, "linear") == "refused"
     }
-    copies = [n for n in NAMES if issubclass(REGISTRY[n], ParameterMethod)]
+    copies = [n for n in NAMES if issubclass(REGISTRY[n], ParameterMethod) and not REGISTRY[n].needs]
     readers = [n for n in NAMES if issubclass(REGISTRY[n], WeightMethod) and REGISTRY[n].reads_weight]
     matrices = [n for n in NAMES if issubclass(REGISTRY[n], WeightMethod)]
     expected = set(itertools.product(copies, copies))

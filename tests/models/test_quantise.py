@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2Model
 
 import inlay
 from inlay.core.affine import AffineLinear, Grid, packed, unpacked
@@ -47,16 +47,20 @@ def test_the_codebooks_are_the_papers() -> None:
     assert bool((second.diff() > 0).all())
 
 
-def test_nf4_by_hand() -> None:
-    """Up to the second quantisation of the largest numbers, which moves a block by a few hundredths at most."""
+@pytest.mark.parametrize(("d_in", "d_out"), [(128, 70), (96, 80), (70, 96), (288, 64), (33, 5)])
+def test_nf4_by_hand(d_in: int, d_out: int) -> None:
+    """Up to the second quantisation of the largest numbers, which moves a block by a few hundredths at most; also where
+    blocks of 64 do not end with the rows."""
     torch.manual_seed(0)
-    layer = nn.Linear(96, 70)
+    layer = nn.Linear(d_in, d_out)
     stored = NF4Linear(layer)
     W = layer.weight.detach()
     by_hand = nf4_by_hand(W)
     assert (stored.dequantize() - by_hand).abs().max() < 0.06 * W.abs().max()
     error = (stored.dequantize() - W).square().mean().sqrt() / W.square().mean().sqrt()
     assert error < 1.1 * (by_hand - W).square().mean().sqrt() / W.square().mean().sqrt()
+    x = torch.randn(3, d_in)
+    torch.testing.assert_close(stored(x), nn.functional.linear(x, stored.dequantize(), layer.bias))
 
 
 def test_the_type_of_a_model_leaves_scales_alone() -> None:
@@ -125,6 +129,10 @@ def test_refusals() -> None:
         quantise(nn.Sequential(nn.Linear(2, 2)), "nf3")
     with pytest.raises(SiteError, match="matches nothing"):
         quantise(nn.Sequential(nn.Conv1d(2, 2, 1)), "int8")
+    with pytest.raises(SiteError, match=r"GPT2Model has no `nn.Linear`"):
+        quantise(GPT2Model(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1)), "int8")
+    with pytest.raises(OptionError, match="groups of 64 always"):
+        quantise(nn.Sequential(nn.Linear(2, 2)), "nf4", group=2)
     with pytest.raises(OptionError, match="2 to 8 bits"):
         Grid.of(torch.zeros(2, 2), 9)
     with pytest.raises(OptionError, match="do not divide"):

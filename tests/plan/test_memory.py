@@ -9,11 +9,15 @@ import inlay.models
 from inlay.plan import plan
 
 CASES = [
-    ("minilm", "text-classification", "lora(r=8)", ["attn.q", "attn.v"], 16, 64),
-    ("minilm", "text-classification", "bitfit", None, 8, 128),
-    ("minilm", "text-classification", "full", None, 8, 64),
-    ("minilm", "text-classification", "prompttuning", None, 8, 64),
-    ("smollm2-135m-instruct", "causal-lm", "dora", ["attn.q", "attn.v"], 1, 64),
+    ("minilm", "text-classification", "lora(r=8)", ["attn.q", "attn.v"], 16, 64, None),
+    ("minilm", "text-classification", "bitfit", None, 8, 128, None),
+    ("minilm", "text-classification", "full", None, 8, 64, None),
+    ("minilm", "text-classification", "prompttuning", None, 8, 64, None),
+    ("smollm2-135m-instruct", "causal-lm", "dora", ["attn.q", "attn.v"], 1, 64, None),
+    ("minilm", "text-classification", "lora(r=8)", ["all-linear"], 16, 64, "nf4"),
+    ("minilm", "text-classification", "lora(r=8)", ["all-linear"], 8, 64, "int4"),
+    ("minilm", "text-classification", "peqa", None, 8, 64, "int8"),
+    ("smollm2-135m-instruct", "causal-lm", "lora(r=8)", ["attn.q", "attn.v"], 1, 64, "nf4"),
 ]
 
 
@@ -35,9 +39,10 @@ def measured_peak(model, batch) -> int:
     return peak + sum(held.values())
 
 
-@pytest.mark.parametrize(("name", "task", "method", "where", "rows", "length"), CASES)
-def test_the_predicted_peak_is_within_15_percent_of_the_measured(name, task, method, where, rows, length):
-    opened = inlay.models.open(name, task, num_labels=2 if task == "text-classification" else None)
+@pytest.mark.parametrize(("name", "task", "method", "where", "rows", "length", "quantize"), CASES)
+def test_the_predicted_peak_is_within_15_percent_of_the_measured(name, task, method, where, rows, length, quantize):
+    labels = 2 if task == "text-classification" else None
+    opened = inlay.models.open(name, task, num_labels=labels, quantize=quantize)
     model = opened.model.train()
     inlay.adapt(model, method, where)
 
@@ -45,5 +50,5 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured(name, task, met
         ids = torch.full((rows, length), 7)
         return {"input_ids": ids, "labels": ids if task == "causal-lm" else torch.zeros(rows, dtype=torch.long)}
 
-    predicted = plan(name, method, where, batch=rows, length=length).peak_training_bytes
+    predicted = plan(name, method, where, batch=rows, length=length, quantize=quantize).peak_training_bytes
     assert predicted == pytest.approx(measured_peak(model, batch), rel=0.15)

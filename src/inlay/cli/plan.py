@@ -15,7 +15,7 @@ from inlay.recipe import Recipe, Row, load_recipe, rows_at
 
 FIELDS = (
     "method", "where", "exclude", "layers", "overrides", "head", "batch", "max_length", "image_size",
-    "gradient_checkpointing",
+    "quantize", "quantize_group", "gradient_checkpointing",
 )  # fmt: skip
 """Recipe fields that a cost depends on."""
 
@@ -59,13 +59,12 @@ def planned(recipe: Recipe, args: argparse.Namespace, about_data: dict[str, Any]
 
     from inlay.plan import plan as predict
 
-    if recipe.quantize and not args.no_memory:
-        raise OptionError("the memory of a quantised base is not predicted: --no-memory plans the counts alone")
     dtype = args.dtype or ("bfloat16" if recipe.precision == "bfloat16" else "float32")
     found = predict(
         args.arch or recipe.model, recipe.placements(), recipe.where, layers=recipe.layers, exclude=recipe.exclude,
         overrides=recipe.overrides, head=recipe.head, batch=recipe.batch,
         length=args.length or recipe.max_length or recipe.image_size, dtype=getattr(torch, dtype),
+        quantize=recipe.quantize, quantize_group=recipe.quantize_group,
         gradient_checkpointing=recipe.gradient_checkpointing, memory=not args.no_memory, **about_data,
     )  # fmt: skip
     return replace(found, method=recipe.label()).as_dict()

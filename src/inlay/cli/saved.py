@@ -32,6 +32,10 @@ def register(command: Command) -> None:
     p = command("merge", merge, "write base and adapter as one ordinary model, compared with the adapted one")
     p.add_argument("adapter", help="folder of a saved adapter")
     p.add_argument("--output", required=True, help="new folder")
+    p.add_argument(
+        "--requantise", action="store_true",
+        help="keep a quantised base in few bits: each layer is rounded again and the error reported",
+    )  # fmt: skip
     add_base(p)
     as_json(p)
 
@@ -42,8 +46,9 @@ def register(command: Command) -> None:
     add_base(p)
     as_json(p)
 
-    p = command("inspect", inspect, "what a saved adapter holds, checked against its digests")
-    p.add_argument("adapter", help="folder of a saved adapter")
+    p = command("inspect", inspect, "what a saved adapter holds, or what a model loses when it is quantised")
+    p.add_argument("adapter", help="folder of a saved adapter, checked against its digests; with --quantize, a model")
+    add_fields(p, Recipe, ("quantize", "quantize_group"))
     as_json(p)
 
 
@@ -65,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    args.format = "merged"
+    args.format = "few bits" if args.requantise else "merged"
     export(args)
 
 
@@ -83,15 +88,20 @@ def export(args: argparse.Namespace) -> None:
         assert found.adapter is not None
         write(found.adapter, output)
     else:
-        from inlay.shipping import write_merged
+        from inlay.shipping import write_few_bits, write_merged
 
-        record |= write_merged(found, output)
+        record |= (write_few_bits if args.format == "few bits" else write_merged)(found, output)
     shown = {k: f"{v:.1e}" if isinstance(v, float) else v for k, v in record.items() if not isinstance(v, dict | list)}
     show(args, record, facts(shown))
 
 
 def inspect(args: argparse.Namespace) -> None:
     from inlay.core.checkpoint import read
+
+    given = given_fields(args, Recipe)
+    if given:
+        inspect_grids(args, given.get("quantize"), given.get("quantize_group"))
+        return
 
     document, tensors = read(args.adapter)
     lines = [[name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch."), f"{float(t.float().norm()):.4g}"]
@@ -104,3 +114,29 @@ def inspect(args: argparse.Namespace) -> None:
         listing(["tensor", "shape", "type", "norm"], lines, right=("norm",))(console)
 
     show(args, document, render)
+
+
+def inspect_grids(args: argparse.Namespace, kind: str | None, group: int | None) -> None:
+    """Clipping against rounding error of every layer, on the widest grid and on the one that is used."""
+    from inlay.models import open as open_model
+    from inlay.models.rounding import Rounding, rounding
+
+    if kind is None:
+        raise OptionError("say how the model would be stored: --quantize int4, int8 or nf4")
+    opened = open_model(args.adapter)
+    found = rounding(opened.model, kind, opened.head, group)
+    lines = [
+        [r.path, *(f"{1e3 * x:.3f}" for x in r.widest), f"{r.clip:.3f}", *(f"{1e3 * x:.3f}" for x in r.used),
+         f"{r.relative:.4f}"]
+        for r in (*found, Rounding.total(found))
+    ]  # fmt: skip
+    columns = ["layer", "clipped", "rounded", "range", "clipped ", "rounded ", "error"]
+
+    def render(console: Console) -> None:
+        listing(columns, lines, right=tuple(columns[1:]))(console)
+        console.print(
+            "\nSquared errors in thousandths of ‖W‖²: on the grid from the smallest to the largest number, then on the "
+            "one that is used, whose range is that share of it. error: ‖W − Ŵ‖ / ‖W‖ as used."
+        )
+
+    show(args, [r.as_dict() for r in found], render)

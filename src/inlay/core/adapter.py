@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,14 @@ from inlay.core.head import Head
 from inlay.core.method import Method, ParameterMethod, Placement, WeightMethod, method_from
 from inlay.core.mount import Level, acts_on_output
 from inlay.core.properties import hold_statistics, release_statistics
+from inlay.core.quantised import numbers
 from inlay.core.sharded import is_sharded
 from inlay.core.sites import Site
 from inlay.core.statistics import Calibrated
-from inlay.core.where import Finder, Pattern, matches
+from inlay.core.where import Finder, Pattern, inside, matches
+
+if TYPE_CHECKING:
+    from inlay.core.merge import Merged
 
 HEAD = "head"
 Methods = Method | Placement | str | dict | Sequence[Method | Placement | str | dict]
@@ -110,7 +114,7 @@ def build_sites(model: nn.Module, inlay: Inlay, name: str, pairs: Sequence[tuple
     """Build each method at its site and switch the adapter on; call it inside `undone_on_error`."""
     if any(is_sharded(p) for p in model.parameters()):
         raise AdapterError("the model is spread over processes already: attach adapters first, then call fully_shard")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), inlay.only():  # methods read the base as it is, whatever acts on it
         torch.manual_seed(seed)
         inlay.adapters[name] = nn.ModuleDict()
         for spec, site in pairs:
@@ -170,7 +174,7 @@ def stand(levels: Sequence[Level], site: Site, method: Method) -> None:
     below = [lv for lv in levels if overlapping(lv.site, site)]
     if isinstance(method, ParameterMethod):
         readers = [lv for lv in below if isinstance(lv.method, WeightMethod) and lv.method.reads_weight]
-        reader = [lv for lv in readers if lv.site.param == site.param]
+        reader = [lv for lv in readers if tensor_of(lv.site) == tensor_of(site)]
         if reader:
             raise ComposeError(
                 f"{method.label()} replaces the tensor that {reader[0].method.label()} reads at '{site.path}'"
@@ -205,13 +209,18 @@ def check_stack(inlay: Inlay, names: Sequence[str]) -> None:
 
 def overlapping(a: Site, b: Site) -> bool:
     """Whether two sites of one module touch the same numbers: one tensor, or a tensor and its bias."""
-    if a.param != b.param and a.param != b.bias_name and b.param != a.bias_name:
+    if tensor_of(a) != tensor_of(b) and a.param != b.bias_name and b.param != a.bias_name:
         return False
     if a.rows is not None and b.rows is not None and a.param == b.param:
         return a.rows == b.rows
     if a.expert is not None and b.expert is not None and a.param == b.param:
         return a.expert == b.expert
     return True
+
+
+def tensor_of(site: Site) -> str:
+    """Which tensor of its module a site is about; whatever a quantised layer is made of is its weight."""
+    return "weight" if site.packed else site.param
 
 
 def model_is(model: object) -> None:
@@ -304,6 +313,14 @@ def use(model: nn.Module, *names: str) -> None:
     ComposeError where an adapter cannot stand on those before it.
     """
     activate(attached(model), names)
+
+
+@contextmanager
+def unadapted(model: nn.Module) -> Iterator[None]:
+    """The plain base, whether or not anything is attached to it, for as long as the context lasts."""
+    existing = model._modules.get("inlay")
+    with existing.only() if isinstance(existing, Inlay) else nullcontext():
+        yield
 
 
 @contextmanager
@@ -430,7 +447,7 @@ class Adapter:
     @property
     def base_parameters(self) -> int:
         """Numbers in the base model, head included, adapters not."""
-        return sum(p.numel() for n, p in self.model.named_parameters() if not n.startswith("inlay."))
+        return numbers(m for path, m in self.model.named_modules() if not inside(path, "inlay"))
 
     def save(self, folder: str, **about: Any) -> None:
         """Write `adapter.safetensors` and `adapter.json` into a folder, atomically; see `inlay.core.checkpoint`."""
@@ -438,11 +455,11 @@ class Adapter:
 
         save(self, folder, about)
 
-    def merge(self, dequantise: bool = False) -> None:
+    def merge(self, dequantise: bool = False, requantise: bool = False) -> Merged:
         """Fold this adapter into the base's tensors, see `inlay.core.merge`; `unmerge` restores them bit for bit."""
         from inlay.core.merge import merge
 
-        merge(self.model, self.name, dequantise=dequantise)
+        return merge(self.model, self.name, dequantise=dequantise, requantise=requantise)
 
     def unmerge(self) -> None:
         """Undo `merge`."""

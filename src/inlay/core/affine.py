@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.errors import OptionError
+
+CLIPS = tuple(0.96 - k * 0.46 / 11 for k in range(12))
+"""How far a fitted grid may be clipped: from 0.96 down to half of the largest number."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Grid:
         """Row by row the clipped grid with the least squared error, of twelve between none and half clipped."""
         best = cls.of(W, bits, groups)
         least = best.errors(W)
-        for clip in torch.linspace(0.96, 0.5, 12).tolist():
+        for clip in CLIPS:
             other = cls.of(W, bits, groups, clip)
             errors = other.errors(W)
             better = errors < least
@@ -73,32 +77,79 @@ class Grid:
 
 
 class AffineLinear(nn.Module):
-    """x Ŵᵀ + b with Ŵ = s·(W̄ − z); two codes share a byte where they have four bits or fewer."""
+    """x Ŵᵀ + b with Ŵ = s·(W̄ − z); two codes share a byte where they have four bits or fewer.
+
+    The scale is a parameter, frozen like the rest of a base, so that it has a name of its own and a method can train a
+    copy of it (PEQA).
+    """
 
     def __init__(self, of: nn.Linear, bits: int = 8, groups: int = 1) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = of.in_features, of.out_features, bits
         grid = Grid.fitted(of.weight, bits, groups)
         self.register_buffer("codes", packed(grid.codes(of.weight)) if bits <= 4 else grid.codes(of.weight))
-        self.register_buffer("scale", grid.scale.to(of.weight.dtype))
+        self.scale = nn.Parameter(grid.scale.to(of.weight.dtype), requires_grad=False)
         self.register_buffer("zero", grid.zero.to(of.weight.dtype))
         self.bias = of.bias
 
     @property
     def grid(self) -> Grid:
         """Its grid, in the type it computes in."""
-        return Grid(self.get_buffer("scale"), self.get_buffer("zero"), self.bits)
+        return Grid(self.scale, self.get_buffer("zero"), self.bits)
+
+    @property
+    def integers(self) -> Tensor:
+        """W̄ (d_out, d_in) in uint8."""
+        return integers(self.get_buffer("codes"), self.bits, self.in_features)
 
     def dequantize(self) -> Tensor:
         """Ŵ (d_out, d_in)."""
-        codes = self.get_buffer("codes")
-        return self.grid.values(unpacked(codes, self.in_features) if self.bits <= 4 else codes)
+        return self.grid.values(self.integers)
+
+    def alike(self, layer: nn.Linear) -> AffineLinear:
+        """Another layer in the same storage, on a grid of its own."""
+        return AffineLinear(layer, self.bits, self.scale.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        if x.is_nested or not torch.is_grad_enabled():
+            return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        return Product.apply(x, self.scale, self.bias, self.get_buffer("zero"), self.get_buffer("codes"), self.bits)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.get_buffer('scale').shape[1]}"
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.scale.shape[1]}"
+
+
+class Product(torch.autograd.Function):
+    """x Ŵᵀ + b; the backward pass makes Ŵ again, where autograd would keep it for every layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, bias: Tensor | None, zero: Tensor, codes: Tensor, bits: int
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, zero, codes)
+        ctx.bits, ctx.d_in, ctx.types = bits, x.shape[-1], (x.dtype, None if bias is None else bias.dtype)
+        return F.linear(x, Grid(scale, zero, bits).values(integers(codes, bits, x.shape[-1])).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero, codes = ctx.saved_tensors
+        k = integers(codes, ctx.bits, ctx.d_in)
+        of_x = of_scale = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = (g @ Grid(scale, zero, ctx.bits).values(k).to(g.dtype)).to(ctx.types[0])
+        rows = g.flatten(0, -2)
+        if ctx.needs_input_grad[1]:  # ∂L/∂s = Σ ∂L/∂Ŵ ⊙ (W̄ − z) over each group
+            of_W, wide = rows.T @ x.flatten(0, -2).to(g.dtype), torch.promote_types(g.dtype, torch.float32)
+            steps = k.unflatten(1, (scale.shape[1], -1)).to(wide) - zero[..., None].to(wide)
+            of_scale = (of_W.to(wide).unflatten(1, (scale.shape[1], -1)) * steps).sum(-1).to(scale.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(0).to(ctx.types[1])
+        return of_x, of_scale, of_bias, None, None, None
+
+
+def integers(codes: Tensor, bits: int, d_in: int) -> Tensor:
+    """Codes as they are stored, one to a byte again."""
+    return unpacked(codes, d_in) if bits <= 4 else codes
 
 
 def packed(codes: Tensor) -> Tensor:

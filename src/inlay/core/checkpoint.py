@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter, attached, build_sites, check_name, container, undone_on_error
-from inlay.core.container import module_key
+from inlay.core.adapter import Adapter, attached, build_sites, check_name, container, unadapted, undone_on_error
+from inlay.core.container import Made, module_key
 from inlay.core.errors import CheckpointError, OptionError
 from inlay.core.files import atomic, canonical, sha256, tensor_bytes, tensors_digest, write_text
 from inlay.core.head import Head
 from inlay.core.method import Method, Placement, method_from
-from inlay.core.quantised import is_quantised
+from inlay.core.quantised import dense, is_quantised
 from inlay.core.quantised import shape as quantised_shape
 from inlay.core.rows import Rows
 from inlay.core.sharded import gathered, whole
@@ -56,6 +56,8 @@ def save(adapter: Adapter, folder: str | Path, about: dict[str, Any] | None = No
         given = attached(adapter.model).state.given
         frozen = {name: t.cpu() for name, t in shared_tensors(adapter).items() if shared or name in given}
         everything = tensors | {f"shared.{name}": t.contiguous() for name, t in frozen.items()}
+        made = attached(adapter.model).state.made.get(adapter.name)
+        everything |= {} if made is None else {f"base.{name}": t for name, t in made.tensors.items()}
         document = describe(adapter, about or {}) | {"tensors": tensors_digest(everything)}
         document["checksum"] = sha256(canonical(document))
         if first:
@@ -118,7 +120,9 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
         sites.append(describe_site(level.site) | {"slot": slots[id(level.method)].replace("/", "."), "group": group,
                                                   "method": level.method.specification(),
                                                   "head": isinstance(level.method, Head)})  # fmt: skip
-    model = adapter.model
+    model, made = adapter.model, inlay.state.made.get(adapter.name)
+    with unadapted(model):
+        base = fingerprint([level.site for level in adapter.levels if not isinstance(level.method, Head)])
     return {
         "format": FORMAT,
         "library": library.__version__,
@@ -133,8 +137,9 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
         "base": {
             "architecture": type(model).__name__,
             "name": getattr(getattr(model, "config", None), "_name_or_path", ""),
-            "fingerprint": fingerprint([level.site for level in adapter.levels if not isinstance(level.method, Head)]),
-            "quantised": any(isinstance(level.site.host, QuantisedHost) for level in adapter.levels),
+            "fingerprint": base,
+            "quantised": any(level.site.packed for level in adapter.levels),
+            **({} if made is None else {"loftq": made.about}),
         },
         "parameters": {"adapter": adapter.adapter_parameters, "head": adapter.head_parameters},
         "about": about,
@@ -181,8 +186,8 @@ def fingerprint(sites: list[Site]) -> str:
 def identifying(site: Site) -> Iterator[tuple[str, str, Tensor]]:
     """(path, name, tensor) of what a site adapts: its tensor, or of a tower the embeddings and attentions."""
     p = site.module._parameters.get(site.param)
-    if isinstance(site.host, QuantisedHost):
-        yield site.path, site.param, site.weight
+    if site.packed:
+        yield site.path, site.param, site.weight if isinstance(site.host, QuantisedHost) else dense(site.module)
     elif p is not None:
         yield site.path, site.param, p
     elif site.tower is not None:
@@ -258,9 +263,9 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base
     check_name(model._modules.get("inlay"), name)
     sites = [site_from(model, record, folder) for record in document["sites"]]
     methods = [method_in(r, folder) for r in document["sites"]]
-    check_base(
-        document, [site for site, r in zip(sites, document["sites"], strict=True) if not r["head"]], folder, any_base
-    )
+    with unadapted(model):
+        own = [site for site, r in zip(sites, document["sites"], strict=True) if not r["head"]]
+        check_base(document, own, folder, any_base)
     dtype = getattr(torch, document["dtype"])
     groups: dict[int, list[Site]] = {}
     for site, record in zip(sites, document["sites"], strict=True):
@@ -268,6 +273,9 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base
         site.peers.append(site)
     with undone_on_error(model, name):
         inlay = container(model)
+        made = {key.removeprefix("base."): tensors.pop(key) for key in list(tensors) if key.startswith("base.")}
+        if "loftq" in document["base"]:
+            inlay.state.made[name] = Made(document["base"]["loftq"], made)
         for key, t in tensors.items():
             if key.startswith("shared."):
                 inlay.give(key.removeprefix("shared."), t)
@@ -291,8 +299,13 @@ def method_in(record: dict[str, Any], folder: Path) -> Method:
 def check_base(document: dict[str, Any], sites: list[Site], folder: Path, any_base: bool) -> None:
     """CheckpointError where the adapted weights are not those of training; a quantised base has numbers of its own."""
     base = document["base"]
-    found, quantised = fingerprint(sites), any(isinstance(site.host, QuantisedHost) for site in sites)
+    found, quantised = fingerprint(sites), any(site.packed for site in sites)
     same_kind = base["fingerprint"] and found and base["quantised"] == quantised
+    if "loftq" in base and not any_base and (not quantised or (same_kind and base["fingerprint"] != found)):
+        raise CheckpointError(
+            f"{folder} stands on a base that LoftQ quantised for it: open the base in full, call "
+            "inlay.loftq_base(model, folder), then load"
+        )
     if same_kind and base["fingerprint"] != found and not any_base:
         raise CheckpointError(
             f"{folder} was trained on another base ({base['architecture']} '{base['name']}'): the adapted weights "

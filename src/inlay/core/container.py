@@ -62,6 +62,15 @@ class Acting:
     rows: Tensor | None
 
 
+@dataclass(frozen=True)
+class Made:
+    """How the base that an adapter stands on was quantised for it (LoftQ), and what that needs beside the base."""
+
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+    """By name, as the adapter's file has them; never cast, as codes hang on their last bits."""
+
+
 @dataclass
 class State:
     """Python-side state of `model.inlay`, kept out of nn.Module's bookkeeping."""
@@ -100,6 +109,8 @@ class State:
     """Shared tensors computed from the base's weights."""
     given: set[str] = field(default_factory=set)
     """Shared tensors that came from a file, which a seed may not reproduce."""
+    made: dict[str, Made] = field(default_factory=dict)
+    """What the base was made of, by the adapter that it was made for."""
 
 
 class Inlay(nn.Module):
@@ -221,6 +232,7 @@ class Inlay(nn.Module):
         for span in [span for span in self.spans if span not in needed]:
             self.spans.pop(span).handle.remove()
         del self.adapters[adapter]
+        self.state.made.pop(adapter, None)
         used = {name for other in self.adapters for level in self.levels(other) for name in level.site.uses}
         for name in [name for name in self.tensors._buffers if name not in used]:
             del self.tensors._buffers[name]

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,47 +48,59 @@ def export(
         MergeError: a method that cannot be merged, a folder in use, or outputs that differ by more than the tolerance
         (nothing is then written).
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise MergeError(f"{folder} exists and is not empty: choose another folder to export to")
     inlay = attached(model)
     names = names or tuple(inlay.active)
     probe = probe or random_probe(model)
     training = model.training
     model.eval()
+    try:
+        with new_folder(folder) as temporary:
+            with torch.no_grad(), inlay.only(*names):
+                adapted = first_output(model(**probe))
+            merge(model, *names, dequantise=True)  # what is written is dense, whatever the base is stored in
+            try:
+                with dense_layers(model):
+                    write_base(model, temporary)
+            finally:
+                unmerge(model)
+            with torch.no_grad():
+                written = first_output(reopen(model, temporary)(**probe))
+            dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+            limit = TOLERANCE[dtype] if tolerance is None else tolerance
+            error = difference(adapted, written)
+            record = {
+                "adapters": list(names), "difference": error, "tolerance": limit,
+                "dtype": str(dtype).removeprefix("torch."),
+                "probe": {name: list(t.shape) for name, t in probe.items()},
+            }  # fmt: skip
+            if not error <= limit:
+                raise MergeError(
+                    f"the exported model differs from the adapted one by {error:.2e} (tolerance {limit:.0e})"
+                )
+            (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return record
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes its place and name when the context ends well; MergeError where that is in use."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise MergeError(f"{folder} exists and is not empty: choose another folder to export to")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        with torch.no_grad(), inlay.only(*names):
-            adapted = first_output(model(**probe))
-        merge(model, *names, dequantise=True)  # what is written is dense, whatever the base is stored in
-        try:
-            with dense_layers(model):
-                write_base(model, temporary)
-        finally:
-            unmerge(model)
-        with torch.no_grad():
-            written = first_output(reopen(model, temporary)(**probe))
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        limit = TOLERANCE[dtype] if tolerance is None else tolerance
-        error = difference(adapted, written)
-        record = {
-            "adapters": list(names), "difference": error, "tolerance": limit,
-            "dtype": str(dtype).removeprefix("torch."), "probe": {name: list(t.shape) for name, t in probe.items()},
-        }  # fmt: skip
-        if not error <= limit:
-            raise MergeError(f"the exported model differs from the adapted one by {error:.2e} (tolerance {limit:.0e})")
-        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        yield temporary
         os.chmod(temporary, 0o755)
         for file in temporary.iterdir():
             os.chmod(file, 0o644)
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
-        return record
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        model.train(training)
 
 
 def write_base(model: nn.Module, folder: Path) -> None:

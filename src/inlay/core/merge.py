@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
 from inlay.core.method import ParameterMethod
 from inlay.core.mount import Level, Mount, applies_matrix, has_closed_form, kept
-from inlay.core.quantised import dense, is_quantised, plain
+from inlay.core.quantised import Storage, dense, is_quantised, plain
 from inlay.core.sharded import is_spread
 from inlay.core.sites import ConvHost, EmbeddingHost, NormHost, QuantisedHost, host_of
 
@@ -20,17 +21,37 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torc
 """Largest accepted difference between adapted and merged outputs, relative to the largest output."""
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What a merge came to."""
+
+    difference: float
+    """The largest relative difference between each module's adapted and merged output on a random probe."""
+    rounding: dict[str, float]
+    """By path of each layer that was quantised again, ‖Q − W′‖ / ‖W′‖, Frobenius; empty unless that was asked for."""
+
+    @property
+    def mean(self) -> float:
+        """Mean error of quantising again."""
+        return sum(self.rounding.values()) / max(1, len(self.rounding))
+
+    @property
+    def worst(self) -> float:
+        """The largest of them."""
+        return max(self.rounding.values(), default=0.0)
+
+
 @torch.no_grad()
-def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
+def merge(model: nn.Module, *names: str, dequantise: bool = False, requantise: bool = False) -> Merged:
     """Fold adapters (the active ones when none is named) into the base's tensors.
 
     Each new tensor is computed in float32 at least and rounded once; the base's own tensors are set aside and
-    `unmerge` puts the very same ones back. Returns the largest relative difference between each module's adapted and
-    merged output on a random probe.
+    `unmerge` puts the very same ones back. What is merged is proved equal on a random probe of every module.
 
     Args:
         dequantise: let ordinary linear layers, in the type the base computes in, stand in for quantised ones until
             `unmerge`. Without it a quantised base is refused: rounding W′ to few bits again would change what it is.
+        requantise: round all the same, each layer to the storage it had, after the proof; what that costs is returned.
 
     Raises:
         MergeError: a method without closed form, a quantised base, or a difference above the tolerance of the base's
@@ -50,7 +71,7 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
             )
     stacks = {mount: [lv for n in names for lv in mount.levels.get(n, ())] for mount in inlay.state.mounts.values()}
     stacks = {mount: levels for mount, levels in stacks.items() if levels}
-    refuse([lv for n in names for lv in inlay.levels(n)], dequantise)
+    refuse([lv for n in names for lv in inlay.levels(n)], dequantise, requantise)
     modes = {module: module.__dict__["training"] for module in model.modules()}
     active = inlay.state.active
     model.eval()
@@ -71,6 +92,7 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
             raise MergeError(
                 f"merged and adapted outputs differ by {worst:.2e} (tolerance {limit:.0e}): nothing merged"
             )
+        rounding = quantised_again(model) if requantise else {}
     except BaseException:
         if inlay.state.merged_names:
             unmerge(model)
@@ -81,7 +103,7 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False) -> float:
             module.training = mode
         for path, module in inlay.state.swapped.items():
             model.get_submodule(path).training = module.training
-    return worst
+    return Merged(worst, rounding)
 
 
 def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[Mount, dict[str, Tensor]]) -> None:
@@ -93,7 +115,7 @@ def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[M
             bias = tensors.get("bias", mount.module._parameters.get("bias"))
             old_module = mount.module
             state.swapped[mount.path] = old_module
-            move(model, mount, plain(old_module, tensors["weight"], bias))
+            exchange(model, old_module, plain(old_module, tensors["weight"], bias))
             continue
         only_copies = all(isinstance(level.method, ParameterMethod) for level in stacks[mount])
         for name, t in tensors.items():
@@ -109,18 +131,36 @@ def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[M
             mount.module._parameters[name] = new
 
 
-def move(model: nn.Module, mount: Mount, module: nn.Module) -> None:
-    """Put another module in the place of a mount's, everywhere in the model, and mount on that."""
-    old = mount.module
-    mount.remove()
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put another module in the place of one, everywhere in the model and for the adapters that are mounted on it."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
-                parent._modules[name] = module
-    mount.module = mount.owner = module
-    for level in (level for levels in mount.levels.values() for level in levels):
-        level.site.module, level.site.host = module, host_of(module)
-    mount.refresh()
+                parent._modules[name] = new
+    for mount in attached(model).state.mounts.values() if "inlay" in model._modules else ():
+        if mount.module is old:
+            mount.remove()
+            mount.module = mount.owner = new
+            for level in (level for levels in mount.levels.values() for level in levels):
+                level.site.module = new
+                if level.site.param == "weight":
+                    level.site.host = host_of(new)
+            mount.refresh()
+
+
+def quantised_again(model: nn.Module) -> dict[str, float]:
+    """Store the dense layers that stand in for quantised ones as those were stored; relative errors by path."""
+    errors = {}
+    for path, before in attached(model).state.swapped.items():
+        standing = model.get_submodule(path)
+        assert isinstance(before, Storage)
+        assert isinstance(standing, nn.Linear)
+        W = standing._parameters["weight"]
+        assert W is not None
+        stored = before.alike(plain(before, W.detach(), standing._parameters["bias"]))
+        exchange(model, standing, stored.train(standing.training))
+        errors[path] = float((dense(stored) - W).norm() / W.norm().clamp_min(1e-30))
+    return errors
 
 
 def unmerge(model: nn.Module) -> None:
@@ -130,8 +170,8 @@ def unmerge(model: nn.Module) -> None:
     if not state.merged_names:
         raise MergeError("nothing is merged")
     for path, module in state.swapped.items():
-        module.train(model.get_submodule(path).training)
-        move(model, state.mounts[path], module)
+        merged = model.get_submodule(path)
+        exchange(model, merged, module.train(merged.training))
     for (path, name), tensor in state.merged.items():
         module = model.get_submodule(path)
         (module._parameters if name in module._parameters else module._buffers)[name] = tensor
@@ -139,7 +179,7 @@ def unmerge(model: nn.Module) -> None:
     activate(inlay, [name for name in state.active_before if name in inlay.adapters])
 
 
-def refuse(levels: Iterable[Level], dequantise: bool) -> None:
+def refuse(levels: Iterable[Level], dequantise: bool, requantise: bool) -> None:
     """MergeError naming the first method that has no closed form, or the first quantised layer."""
     for level in levels:
         if not type(level.method).mergeable:
@@ -147,10 +187,17 @@ def refuse(levels: Iterable[Level], dequantise: bool) -> None:
                 f"{level.method.label()} at '{level.site.path}' cannot be merged: it acts on activations, "
                 "which no tensor of the base can stand for"
             )
-        if isinstance(level.site.host, QuantisedHost) and not dequantise:
+        quantised = isinstance(level.site.host, QuantisedHost)
+        if quantised and requantise and not isinstance(level.site.module, Storage):
+            raise MergeError(
+                f"'{level.site.path}' ({type(level.site.module).__name__}) can be read but not written by inlay: merge "
+                "with dequantise=True, and quantise what comes out with the library that made it"
+            )
+        if quantised and not (dequantise or requantise):
             raise MergeError(
                 f"'{level.site.path}' is quantised: what is merged into it would be rounded away. Keep the adapter "
-                "beside it, or merge with dequantise=True, which puts dense layers in its place"
+                "beside it, or merge with dequantise=True, which puts dense layers in its place, or with "
+                "requantise=True, which rounds and says what it cost"
             )
 
 

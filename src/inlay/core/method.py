@@ -42,6 +42,8 @@ class Method(nn.Module, ABC):
     kind: ClassVar[str]
     paper: ClassVar[str] = ""
     where: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[str] = ""
+    """The kind of quantised base without which there is nothing to train, as in `quantize: int4`; empty: any base."""
     learning_rate: ClassVar[float] = 1e-3
     """A rate (AdamW, batch 32, a base of some 10⁷ to 10⁸ parameters) at which defaults learn; the user's rate wins."""
 
@@ -250,6 +252,14 @@ class WeightMethod(Method):
     def exact_now(self) -> bool:
         """Whether `weight` gives what the forward pass gives now (not while dropout is active)."""
         return True
+
+    def triplets(self) -> int:
+        """How many singular triplets `begin_at` takes; 0 where no factors could be set to them."""
+        return 0
+
+    def begin_at(self, U: Tensor, S: Tensor, V: Tensor) -> None:
+        """Let the update be U diag(S) Vᵀ, on the base as it is now (LoftQ); only asked of methods with triplets."""
+        raise OptionError(f"{self.label()} has no factors that could be set to a given update")
 
     def formed(self) -> bool:
         """Whether at this site the module reads W′ in the place of W, for want of a cheaper exact form.

@@ -7,8 +7,9 @@ layers of bitsandbytes, and any module that is a `Quantised`. Methods act on the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +25,14 @@ class Quantised(Protocol):
 
     def dequantize(self) -> Tensor:
         """W (out_features, in_features), in the type it computes in."""
+
+
+@runtime_checkable
+class Storage(Quantised, Protocol):
+    """One that can store another layer as itself."""
+
+    def alike(self, layer: nn.Linear) -> nn.Module:
+        """That layer in the same storage."""
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -66,6 +75,18 @@ def shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a quantised linear layer."""
     assert isinstance(module, nn.Linear | Quantised)
     return int(module.out_features), int(module.in_features)
+
+
+def numbers(modules: Iterable[nn.Module]) -> int:
+    """Numbers that modules hold themselves, tied tensors once; a quantised matrix counts as what it stands for."""
+    total = 0
+    held: dict[int, int] = {}
+    for module in modules:
+        packed = is_quantised(module)
+        total += prod(shape(module)) if packed else 0
+        own = {n: p for n, p in module._parameters.items() if p is not None}
+        held |= {id(p): p.numel() for n, p in own.items() if n == "bias" or not packed}
+    return total + sum(held.values())
 
 
 def plain(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -328,6 +328,11 @@ class Site:
         return self.host.from_matrix(W, like)
 
     @property
+    def packed(self) -> bool:
+        """Whether its tensor is one that a quantised layer stores its matrix in: codes, scales, or W by that name."""
+        return is_quantised(self.module) and self.param != "bias"
+
+    @property
     def weight(self) -> Tensor:
         """W as the base holds it, (d_out, d_in), no gradient."""
         if isinstance(self.host, QuantisedHost):

@@ -132,6 +132,7 @@ class Finder:
             raise SiteError(
                 f"{method.label()} finds nothing to act on at {list(patterns)}"
                 + (f" in layers {list(self.layers)}" if self.layers is not None else "")
+                + (f": it needs a base held in few bits, such as quantize='{method.needs}'" if method.needs else "")
             )
         order = {path: i for i, path in enumerate(self.modules)}
         sites = sorted(chosen.values(), key=lambda s: order[s.path])

@@ -13,6 +13,7 @@ from inlay.data import Data, Prepared
 from inlay.evaluate.generation import exact_match
 from inlay.evaluate.predict import Whole, measure
 from inlay.models import Opened
+from inlay.models.loftq import loftq_base
 from inlay.work import Work, device_of
 
 
@@ -46,10 +47,13 @@ def adapted(folder: str | Path, base: str | None = None, any_base: bool = False)
     if not name:
         raise CheckpointError(f"{folder} does not say which model it was trained on: name it (base)")
     recipe = about.get("recipe", {})
+    whole = "loftq" in document["base"]  # it is quantised for the adapter
     opened = inlay.models.open(
-        name, about.get("task"), labels=about.get("labels"), quantize=recipe.get("quantize"),
+        name, about.get("task"), labels=about.get("labels"), quantize=None if whole else recipe.get("quantize"),
+        quantize_group=None if whole else recipe.get("quantize_group"),
         dtype="bfloat16" if recipe.get("precision") == "bfloat16" else "float32",
     )  # fmt: skip
+    loftq_base(opened.model, folder)
     adapter = load(opened.model, folder, any_base=any_base)
     opened.model.eval()
     return Adapted(opened, adapter, about)

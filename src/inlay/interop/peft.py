@@ -176,6 +176,8 @@ def write(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     if attached(adapter.model).state.merged:
         raise cannot("adapters are merged into this model: unmerge first")
+    if adapter.name in attached(adapter.model).state.made:
+        raise cannot("its base was quantised for it by LoftQ, which PEFT does not note and would load on another one")
     levels = adapter.levels
     biases = [level for level in levels if isinstance(level.method, BitFit)]
     copies = [level for level in levels if isinstance(level.method, Head | Full)]

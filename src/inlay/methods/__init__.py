@@ -37,6 +37,7 @@ from inlay.methods.weight.loraxs import LoRAXS
 from inlay.methods.weight.nola import NOLA
 from inlay.methods.weight.normtuning import NormTuning
 from inlay.methods.weight.oft import OFT
+from inlay.methods.weight.peqa import PEQA
 from inlay.methods.weight.pissa import PiSSA
 from inlay.methods.weight.road import RoAd
 from inlay.methods.weight.svft import SVFT
@@ -45,8 +46,9 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "NOLA", "OFT", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA", "DeltaLoRA", "DiReFT",
-    "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby", "KRAdapter", "KronA", "KronAB", "LinAdapter",
-    "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "NormTuning", "ParallelAdapter",
-    "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "BOFT", "ETHER", "EVA", "IA3", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA", "DeltaLoRA",
+    "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby", "KRAdapter", "KronA", "KronAB",
+    "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "NormTuning",
+    "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA",
+    "WeightNorm",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from inlay.models.catalogue import ModelError, fetch, find, from_gguf, unknown
+from inlay.models.fewbits import open_few_bits, stored_in_few_bits
 from inlay.models.quiet import quiet
 
 TASKS = ("text-classification", "regression", "causal-lm", "image-classification", "features")
@@ -49,6 +50,7 @@ def open(
     dtype: str = "float32",
     seed: int = 0,
     quantize: str | None = None,
+    quantize_group: int | None = None,
 ) -> Opened:
     """Open a model by embedded name, local folder, GGUF file or Hugging Face name.
 
@@ -59,7 +61,8 @@ def open(
         labels: class names, stored in the model's configuration.
         dtype: of the parameters, e.g. "float32" or "bfloat16".
         seed: of the fresh head's initialisation; the global random state is left as it was.
-        quantize: store linear layers in few bits, one of `inlay.models.quantise.KINDS`; None for none.
+        quantize, quantize_group: store linear layers in few bits, as `inlay.models.quantise.quantise` does; None for
+            none.
 
     Raises:
         ModelError: unknown name, task or dtype; labels that do not fit; a checkpoint that does not fit the task.
@@ -76,9 +79,12 @@ def open(
                 raise ModelError(f"{name_or_path} ({config.model_type}) has no {task} model in transformers.")
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # of the CPU only: heads are initialised there
-                model, report = auto.from_pretrained(
-                    source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
-                )
+                if stored_in_few_bits(source):
+                    model, report = open_few_bits(auto, source, _dtype(dtype), settings)
+                else:
+                    model, report = auto.from_pretrained(
+                        source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
+                    )
             processor = _processor(source, model)
         except ModelError:
             raise
@@ -97,7 +103,7 @@ def open(
     if quantize is not None:
         from inlay.models.quantise import quantise
 
-        quantise(model, quantize, head)
+        quantise(model, quantize, head, quantize_group)
     return Opened(model.eval(), processor, str(name_or_path), source, note, head)
 
 

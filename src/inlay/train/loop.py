@@ -20,6 +20,7 @@ from inlay.core.errors import OptionError, near
 from inlay.core.statistics import starts_from_data
 from inlay.evaluate.metrics import NAMES, PRIMARY, better
 from inlay.evaluate.predict import Source, elements, measure
+from inlay.models.loftq import loftq_base
 from inlay.recipe import Recipe, as_dict
 from inlay.train.frozen import source_for
 from inlay.train.groups import factor, optimiser, set_rate
@@ -99,6 +100,7 @@ def train(recipe: Recipe, progress: Progress | None = None, shared: Shared | Non
         finished = folder / "result.json"
         if finished.exists():
             progress.say(f"{folder} is finished: nothing to train")
+            loftq_base(work.model, folder)
             adapter = load(work.model, folder)
             work.model.eval()
             numbers = json.loads(finished.read_text(encoding="utf-8"))

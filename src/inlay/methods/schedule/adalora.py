@@ -62,6 +62,15 @@ class AdaLoRA(DeltaMethod):
     def delta(self) -> LowRank:
         return LowRank(self.P * self.E, self.Q, self.alpha / (self.initial or self.r))
 
+    def triplets(self) -> int:
+        return self.r
+
+    @torch.no_grad()
+    def begin_at(self, U: Tensor, S: Tensor, V: Tensor) -> None:
+        r = len(S)
+        self.E.zero_()
+        self.P[:, :r], self.E[:r], self.Q[:r] = U, S / self.delta().scale, V.T
+
     def penalty(self) -> Tensor:
         return self.orthogonality * (apart(self.P.T) + apart(self.Q)) / (2 * len(self.site.peers))
 

@@ -29,6 +29,12 @@ class OverLowRank(DeltaMethod):
     def count(self, site: Site) -> int:
         return self.of.count(site)
 
+    def triplets(self) -> int:
+        return self.of.triplets()
+
+    def begin_at(self, U: Tensor, S: Tensor, V: Tensor) -> None:
+        self.of.begin_at(U, S, V)
+
     def inner(self) -> LowRank:
         """s·B A."""
         if self.of.kind == self.kind:

@@ -28,10 +28,14 @@ class DoRA(WeightMethod):
     of: DeltaMethod = option(default=LoRA(), doc="the directional update")
 
     def build(self, site: Site) -> None:
+        self.measure(site)
+        self.m = nn.Parameter(self.get_buffer("squares").sqrt().to(site.dtype))
+
+    def measure(self, site: Site) -> None:
+        """Take ‖W_i‖²; W never moves."""
         W = site.weight
         squares = W.to(torch.promote_types(W.dtype, site.dtype)).square().sum(1)
-        self.register_buffer("squares", squares, persistent=False)  # ‖W_i‖², W never moves
-        self.m = nn.Parameter(squares.sqrt().to(site.dtype))
+        self.register_buffer("squares", squares, persistent=False)
 
     @property
     def starts_at_base(self) -> bool:
@@ -39,6 +43,13 @@ class DoRA(WeightMethod):
 
     def count(self, site: Site) -> int:
         return self.of.count(site) + site.d_out
+
+    def triplets(self) -> int:
+        return self.of.triplets()
+
+    def begin_at(self, U: Tensor, S: Tensor, V: Tensor) -> None:
+        self.of.begin_at(U, S, V)
+        self.measure(self.site)  # of the base as it is now; m stays at the norms of W, which W + ΔW is to come near
 
     def ratio(self) -> Tensor:
         """m / ‖W + ΔW‖, (d_out,), gradient through m alone."""

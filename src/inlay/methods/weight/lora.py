@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from inlay.core.matrices import LowRank
 from inlay.core.method import option, register, uniform
 from inlay.core.sites import Site
-from inlay.methods.weight.ranked import Ranked
+from inlay.methods.weight.ranked import Ranked, begin
 
 
 @register
@@ -45,6 +45,12 @@ class LoRA(Ranked):
 
     def delta(self) -> LowRank:
         return LowRank(self.B, self.A, self.scale)
+
+    def triplets(self) -> int:
+        return self.r
+
+    def begin_at(self, U: Tensor, S: Tensor, V: Tensor) -> None:
+        begin(self.delta(), U, S, V)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         y = self.site.add(self.delta(), self.drop(x), y)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.core.matrices import LowRank
 from inlay.core.method import DeltaMethod, Method, option, uniform
 from inlay.core.sites import Site
 
@@ -36,6 +37,15 @@ class Cored(Ranked):
     def has_core(self, site: Site) -> bool:
         """Whether this site's factors have a core T (r, r, k…)."""
         return self.tucker and site.kernel_area > 1
+
+
+@torch.no_grad()
+def begin(update: LowRank, U: Tensor, S: Tensor, V: Tensor) -> None:
+    """Set the factors of s·B A, in place, to U diag(S) Vᵀ with √(S/s) in either; ranks beyond those are zero."""
+    root, r = (S / update.scale).sqrt(), len(S)
+    for factor, start in ((update.B, U * root), (update.A.T, V * root)):
+        factor.zero_()
+        factor[:, :r] = start
 
 
 Shapes = dict[str, tuple[int, ...]]
