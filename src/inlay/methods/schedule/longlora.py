@@ -71,12 +71,14 @@ class LongLoRA(AttentionMethod):
 
     def attend(self, causal: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         half, n = q.shape[1] // 2, q.shape[2]
-        G = max(-(-n // self.groups), self.least)
+        G = min(max(-(-n // self.groups), self.least), n)
+        shift = G // 2 if G < n else 0
         first, second = ([t[:, heads] for t in (q, k, v)] for heads in (slice(half), slice(half, None)))
-        if not self.leak:
-            return torch.cat([within(G, 0, causal, *first), within(G, G // 2, causal, *second)], 1)
-        rolled = within(G, 0, causal, *(t.roll(-(G // 2), 2) for t in second))
-        return torch.cat([within(G, 0, causal, *first), rolled.roll(G // 2, 2)], 1)
+        if self.leak:
+            moved = within(G, 0, causal, *(t.roll(-shift, 2) for t in second)).roll(shift, 2)
+        else:
+            moved = within(G, shift, causal, *second)
+        return torch.cat([within(G, 0, causal, *first), moved], 1)
 
 
 def within(G: int, begin: int, causal: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,221 @@
+"""LongLoRA on SmolLM2 and whole books: a context of 8k stretched to 16k, and what a step costs against full attention.
+
+    python benchmarks/longlora.py extend     # trains, then perplexity by position: base, base with p/s, LongLoRA
+    python benchmarks/longlora.py cost       # time and peak memory of a step at 2k, 4k and 8k
+
+Tables and data go to results/longlora. Both run on one CPU core, in bfloat16; `extend` takes about an hour there, most
+of it for training, and may be stopped at any time: it goes on from `runs/longlora`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import inlay
+import inlay.data
+import inlay.models
+from inlay.core.adapter import Adapter
+from inlay.methods import Full, LongLoRA, LoRA
+from inlay.train.measure import step_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, RUN = ROOT / "results" / "longlora", ROOT / "runs" / "longlora"
+MODEL, DATA, NATIVE = "smollm2-135m-instruct", "gutenberg", 8192
+CHUNK = 2048
+"""Tokens whose logits (49,152 each) are held at once."""
+EDGES = (0, 2048, 4096, 8192, 10240, 12288, 14336, 16384)
+"""Positions between which perplexity is averaged."""
+
+
+def rows_of(length: int) -> dict[str, Any]:
+    """The books' splits in rows of that many tokens, whole rows alone."""
+    opened = inlay.models.open(MODEL, "causal-lm", dtype="bfloat16")
+    prepared = inlay.data.prepare(inlay.data.load(DATA), opened.processor, max_length=length)
+    splits = {
+        split: [ids for ids in (row["input_ids"] for row in rows) if len(ids) == length]  # type: ignore[attr-defined]
+        for split, rows in prepared.splits.items()
+    }
+    return {"model": opened.model, **splits}
+
+
+def losses(model: Any, ids: Tensor) -> Iterable[Tensor]:
+    """The loss of every token but the first, in chunks, so that the logits of a long row are never there at once."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+    def loss(h: Tensor, goal: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(h).float(), goal, reduction="none")
+
+    for h, goal in zip(hidden[:-1].split(CHUNK), ids[0, 1:].split(CHUNK), strict=True):
+        yield checkpoint(loss, h, goal, use_reentrant=False) if torch.is_grad_enabled() else loss(h, goal)
+
+
+def mean_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return torch.cat(list(losses(model, ids))).mean()
+
+
+# ---------------------------------------------------------------------- a longer context
+def extend(args: argparse.Namespace) -> None:
+    """Train with S²-Attn at twice the base's context; perplexity by position on books of other authors."""
+    torch.manual_seed(0)
+    found = rows_of(args.length)
+    model = found["model"]
+    if args.measure_base:
+        table = [measured("base", model, found["test"][: args.rows])]
+        inlay.adapt(model, LongLoRA(stretch=args.length / NATIVE, r=0, embeddings=False, norms=False), name="stretched")
+        table.append(measured("base, p/s, not trained", model, found["test"][: args.rows]))
+        inlay.detach(model)
+        write_json(RUN / "base.json", table)
+    adapter = inlay.adapt(model, LongLoRA(stretch=args.length / NATIVE, groups=4))
+    log = train(model, adapter, found["train"], args)
+    adapter.save(str(RUN / "adapter"), model=MODEL, data=DATA, steps=args.steps, length=args.length)
+    table = json.loads((RUN / "base.json").read_text()) + [measured("LongLoRA", model, found["test"][: args.rows])]
+    publish(table, log, adapter, args)
+
+
+def train(model: Any, adapter: Adapter, rows: Sequence[Tensor], args: argparse.Namespace) -> list[dict[str, float]]:
+    """AdamW over rows in random order, one a step: a linear rise, then a linear fall to zero."""
+    kinds = {LoRA: args.rate, Full: args.rate / 10}
+    groups = [
+        {"params": list(level.method.parameters()), "peak": kinds.get(type(level.method), args.rate)}
+        for level in adapter.levels if any(True for _ in level.method.parameters())
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    log: list[dict[str, float]] = []
+    for step in range(args.steps):
+        share = min((step + 1) / 3, (args.steps - step) / (args.steps - 2))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        began = time.perf_counter()
+        loss = mean_loss(model, rows[order[step % len(order)]][None])
+        loss.backward()
+        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append({"step": step + 1, "loss": loss.item(), "seconds": time.perf_counter() - began})
+        print(log[-1], flush=True)
+    model.gradient_checkpointing_disable()
+    return log
+
+
+@torch.no_grad()
+def measured(label: str, model: Any, rows: Sequence[Tensor]) -> dict[str, Any]:
+    """Perplexity between `EDGES`, full attention."""
+    model.eval()
+    found = torch.stack([torch.cat(list(losses(model, ids[None]))) for ids in rows]).mean(0)
+    spans = [(a, min(b, len(found))) for a, b in zip(EDGES, EDGES[1:], strict=False) if a < len(found)]
+    line = {f"{a}-{b}": math.exp(found[a:b].mean().item()) for a, b in spans}
+    print(label, line, flush=True)
+    return {"model": label, **line}
+
+
+def publish(table: list[dict[str, Any]], log: list[dict[str, float]], adapter: Adapter, args: argparse.Namespace) -> None:
+    """The table of perplexities as CSV and markdown, and the run as JSON."""
+    write_csv(RESULTS / "extend.csv", table)
+    seconds = statistics.median(point["seconds"] for point in log)
+    spans = [key for key in table[0] if key != "model"]
+    lines = [
+        f"# SmolLM2-135M from {NATIVE} to {args.length} tokens",
+        "",
+        f"Perplexity by position, {args.rows} rows of {args.length} tokens of authors that training has not seen, full",
+        f"attention. Trained: {args.steps} steps of one row of {args.length} tokens in S²-Attn of 4 groups,",
+        f"{adapter.adapter_parameters:,} numbers, {seconds:.0f} s a step (median) on one CPU core in bfloat16.",
+        "",
+        "| model | " + " | ".join(spans) + " |",
+        "|---|" + "--:|" * len(spans),
+        *(f"| {row['model']} | " + " | ".join(f"{row[s]:.1f}" for s in spans) + " |" for row in table),
+    ]
+    write_text(RESULTS / "extend.md", "\n".join(lines) + "\n")
+    write_json(RESULTS / "extend.json", {"settings": settings(args), "perplexity": table, "training": log})
+
+
+# ---------------------------------------------------------------------- what a step costs
+def cost(args: argparse.Namespace) -> None:
+    """A training step in S²-Attn and in full attention, by turns; medians of time, exact peaks of memory."""
+    found = rows_of(max(args.lengths))
+    model, ids = found["model"], found["train"][0][None]
+    ways = {"S²-Attn, 4 groups": LongLoRA(), "full attention": LongLoRA(groups=1)}
+    table = []
+    for length in args.lengths:
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        peaks = {}
+        for turn in range(args.repeats + 1):  # the first one measures memory and warms up
+            for way, method in ways.items():
+                adapter = inlay.adapt(model, method)
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                model.train()
+                row = ids[:, :length]
+                if turn == 0:
+                    peaks[way] = step_memory(lambda row=row: mean_loss(model, row), model, {"input_ids": row})[1]
+                else:
+                    began = time.perf_counter()
+                    mean_loss(model, row).backward()
+                    times[way].append(time.perf_counter() - began)
+                del adapter
+                inlay.detach(model)
+        for way in ways:
+            table.append({"tokens": length, "attention": way, "seconds": statistics.median(times[way]),
+                          "fastest": min(times[way]), "peak_bytes": peaks[way]})  # fmt: skip
+            print(table[-1], flush=True)
+    write_csv(RESULTS / "cost.csv", table)
+    write_json(RESULTS / "cost.json", {"settings": settings(args), "cost": table})
+
+
+# ---------------------------------------------------------------------- files
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    own = {k: v for k, v in vars(args).items() if k != "run"}
+    return {**own, "model": MODEL, "data": DATA, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, what: Any) -> None:
+    write_text(path, json.dumps(what, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, table: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("extend", help="train at twice the context, then perplexity by position")
+    one.add_argument("--length", type=int, default=2 * NATIVE)
+    one.add_argument("--steps", type=int, default=20)
+    one.add_argument("--rate", type=float, default=1e-3)
+    one.add_argument("--rows", type=int, default=3)
+    one.add_argument("--measure-base", action=argparse.BooleanOptionalAction, default=True)
+    one.set_defaults(run=extend)
+    two = commands.add_parser("cost", help="time and memory of a step")
+    two.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    two.add_argument("--repeats", type=int, default=3)
+    two.set_defaults(run=cost)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
