@@ -44,7 +44,7 @@ class Rotary(TokenMount):
 
     def stretch(self, names: Sequence[str]) -> float:
         """s of these adapters together."""
-        return prod(m.stretch for m in self.methods(names) if isinstance(m, AttentionMethod))
+        return prod([m.stretch for m in self.methods(names) if isinstance(m, AttentionMethod)])
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         p = kwargs[POSITIONS] if POSITIONS in kwargs else args[1]  # forward(x, position_ids)

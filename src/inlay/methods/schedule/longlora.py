@@ -60,7 +60,9 @@ class LongLoRA(AttentionMethod):
 
     def build(self, site: Site) -> None:
         if self.stretch > 1 and not list(rotaries(site)):
-            raise SiteError(f"{self.label()} stretches rotary positions, and '{site.path}' has none: stretch=1")
+            raise SiteError(
+                f"{self.label()} stretches rotary positions, and '{site.path}' has none of a single kind: stretch=1"
+            )
 
     def count(self, site: Site) -> int:
         """4·L·r·(d_in + d_out) in LoRA, V·d in the embeddings, the norms' numbers; S²-Attn itself has none."""
