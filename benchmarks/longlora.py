@@ -42,11 +42,11 @@ EDGES = (0, 2048, 4096, 8192, 10240, 12288, 14336, 16384)
 """Positions between which perplexity is averaged."""
 
 
-def opened(length: int, train_length: int) -> tuple[nn.Module, dict[str, list[Tensor]]]:
-    """The model, and the books in whole rows: training ones of `train_length` tokens, those of tests of `length`."""
-    found = inlay.models.open(MODEL, "causal-lm", dtype="bfloat16")
-    data, splits = inlay.data.load(DATA), {}
-    for split, n in (("train", train_length), ("test", length)):
+def opened(**lengths: int) -> tuple[nn.Module, dict[str, list[Tensor]]]:
+    """The model, and splits of the books in whole rows of so many tokens."""
+    found, data = inlay.models.open(MODEL, "causal-lm", dtype="bfloat16"), inlay.data.load(DATA)
+    splits = {}
+    for split, n in lengths.items():
         rows = cut(found.processor, data.splits[split].column("text"), n)
         splits[split] = [torch.tensor(row) for row in rows if len(row) == n]
     return found.model, splits
@@ -71,7 +71,7 @@ def mean_loss(model: nn.Module, ids: Tensor) -> Tensor:
 def extend(args: argparse.Namespace) -> None:
     """Train with S²-Attn at twice the base's context; perplexity by position on books of other authors."""
     torch.manual_seed(0)
-    model, splits = opened(args.length, args.train_length)
+    model, splits = opened(train=args.train_length, test=args.length)
     test = splits["test"][: args.rows]
     adapter = inlay.adapt(model, LongLoRA(stretch=args.length / NATIVE, groups=4))
     log = train(model, adapter, splits["train"], args)
@@ -147,7 +147,7 @@ def publish(
 # ---------------------------------------------------------------------- what a step costs
 def cost(args: argparse.Namespace) -> None:
     """A training step in S²-Attn and in full attention with the same trained tensors, by turns."""
-    model, splits = opened(max(args.lengths), max(args.lengths))
+    model, splits = opened(test=max(args.lengths))
     ways: dict[str, Any] = {"S²-Attn, 4 groups": LongLoRA(), "full attention": list(LongLoRA().beside())}
     found: dict[tuple[int, str], list[tuple[float, int]]] = {(n, way): [] for n in args.lengths for way in ways}
     model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -160,19 +160,25 @@ def cost(args: argparse.Namespace) -> None:
             found[length, way].append((time.process_time() - began, peak))
             print(length, way, found[length, way][-1], flush=True)
             inlay.detach(model)
+        publish_cost(found, args)
+
+
+def publish_cost(found: dict[tuple[int, str], list[tuple[float, int]]], args: argparse.Namespace) -> None:
+    """What is known after a turn."""
     table: list[dict[str, Any]] = [
         {"tokens": n, "attention": way, "seconds": round(statistics.median(t for t, _ in runs), 2),
          "fastest": round(min(t for t, _ in runs), 2), "slowest": round(max(t for t, _ in runs), 2),
          "peak_bytes": max(peak for _, peak in runs)}
         for (n, way), runs in found.items()
     ]  # fmt: skip
+    turns = len(next(reversed(found.values())))
     write_csv(RESULTS / "cost.csv", table)
     write_json(RESULTS / "cost.json", {"settings": settings(args), "cost": table})
     lines = [
         "# A training step of SmolLM2-135M, S²-Attn against full attention",
         "",
         "One row, bfloat16 base, activation checkpointing, forward and backward, one CPU core, both ways by turns:",
-        f"median (fastest to slowest) of {args.repeats} turns of the time that the process had the core. The peak is",
+        f"median (fastest to slowest) of {turns} turns of the time that the process had the core. The peak is",
         "the allocator's own record with AdamW's moments (`inlay.train.measure`); full attention is torch's fused",
         "kernel, whose memory grows with the length alone.",
         "",

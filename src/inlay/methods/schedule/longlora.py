@@ -34,6 +34,7 @@ class LongLoRA(AttentionMethod):
     kind: ClassVar[str] = "schedule"
     paper: ClassVar[str] = "Chen et al. 2023, arXiv 2309.12307 (positions: Chen et al. 2023, arXiv 2306.15595)"
     where: ClassVar[tuple[str, ...]] = ("attn",)
+    learning_rate: ClassVar[float] = LoRA.learning_rate
     mergeable: ClassVar[bool] = True
 
     groups: int = option(default=4, doc="groups that a sequence is cut into; 1 is full attention", low=1)
