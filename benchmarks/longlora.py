@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def cost(args: argparse.Namespace) -> None:
             inlay.adapt(model, ways[way])
             ids = splits["test"][turn][None, :length]
             began = time.process_time()
-            peak = step_memory(lambda ids=ids: mean_loss(model.train(), ids), model, {"input_ids": ids})[1]
+            peak = step_memory(partial(mean_loss, model.train(), ids), model, {"input_ids": ids})[1]
             found[length, way].append((time.process_time() - began, peak))
             print(length, way, found[length, way][-1], flush=True)
             inlay.detach(model)

@@ -75,7 +75,7 @@ class LongLoRA(AttentionMethod):
     def attend(self, causal: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         half, n = q.shape[1] // 2, q.shape[2]
         G = min(max(-(-n // self.groups), self.least), n)
-        shift = G // 2 if G < n else 0
+        shift = G // 2 if n > G else 0  # one group is full attention
         first, second = ([t[:, heads] for t in (q, k, v)] for heads in (slice(half), slice(half, None)))
         if self.leak:
             moved = within(G, 0, causal, *(t.roll(-shift, 2) for t in second)).roll(shift, 2)
