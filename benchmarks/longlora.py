@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
 
 import inlay
 import inlay.data
@@ -32,6 +33,7 @@ import inlay.models
 from inlay.core.adapter import Adapter
 from inlay.data.documents import cut
 from inlay.methods import LongLoRA
+from inlay.plan import fake, skeleton
 from inlay.train.measure import step_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,47 +149,83 @@ def publish(
 
 # ---------------------------------------------------------------------- what a step costs
 def cost(args: argparse.Namespace) -> None:
-    """A training step in S²-Attn and in full attention with the same trained tensors, by turns."""
+    """A training step in S²-Attn and in full attention with the same trained tensors, by turns.
+
+    Measurements are kept in `runs/longlora/cost.jsonl`; after an interruption the same command goes on from there.
+    """
     model, splits = opened(test=max(args.lengths))
-    ways: dict[str, Any] = {"S²-Attn, 4 groups": LongLoRA(), "full attention": list(LongLoRA().beside())}
-    found: dict[tuple[int, str], list[tuple[float, int]]] = {(n, way): [] for n in args.lengths for way in ways}
     model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    kept = RUN / "cost.jsonl"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    points = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     for turn in range(args.repeats):
-        for length, way in found:
-            inlay.adapt(model, ways[way])
-            ids = splits["test"][turn][None, :length]
-            began = time.process_time()
-            peak = step_memory(partial(mean_loss, model.train(), ids), model, {"input_ids": ids})[1]
-            found[length, way].append((time.process_time() - began, peak))
-            print(length, way, found[length, way][-1], flush=True)
-            inlay.detach(model)
-        publish_cost(found, args)
+        for length in args.lengths:
+            for way, method in ways().items():
+                if any((p["turn"], p["tokens"], p["attention"]) == (turn, length, way) for p in points):
+                    continue
+                inlay.adapt(model, method)
+                ids = splits["test"][turn][None, :length]
+                began = time.process_time()
+                peak = step_bytes(model, ids)
+                seconds = time.process_time() - began
+                points.append({"turn": turn, "tokens": length, "attention": way, "seconds": seconds, "peak": peak})
+                inlay.detach(model)
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(points[-1], ensure_ascii=False) + "\n")
+                print(points[-1], flush=True)
+    unfused = {length: predicted(length) for length in args.lengths}
+    publish_cost(points, unfused, args)
 
 
-def publish_cost(found: dict[tuple[int, str], list[tuple[float, int]]], args: argparse.Namespace) -> None:
-    """What is known after a turn."""
-    table: list[dict[str, Any]] = [
-        {"tokens": n, "attention": way, "seconds": round(statistics.median(t for t, _ in runs), 2),
-         "fastest": round(min(t for t, _ in runs), 2), "slowest": round(max(t for t, _ in runs), 2),
-         "peak_bytes": max(peak for _, peak in runs)}
-        for (n, way), runs in found.items()
-    ]  # fmt: skip
-    turns = len(next(reversed(found.values())))
+def ways() -> dict[str, Any]:
+    return {"S²-Attn, 4 groups": LongLoRA(), "full, fused kernel": list(LongLoRA().beside())}
+
+
+def step_bytes(model: nn.Module, ids: Tensor) -> int:
+    """Peak of a training step: what the model holds, AdamW's moments, activations and gradients."""
+    return step_memory(partial(mean_loss, model.train(), ids), model, {"input_ids": ids})[1]
+
+
+def predicted(length: int) -> int:
+    """The same with attention as separate operations, which hold n² numbers a head: on shapes, nothing is computed."""
+    config = AutoConfig.from_pretrained(inlay.models.open(MODEL, "causal-lm").source)
+    config._attn_implementation = "eager"
+    with fake():
+        model = skeleton(config, "causal-lm", torch.bfloat16)
+        inlay.adapt(model, ways()["full, fused kernel"])
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        return step_bytes(model, torch.zeros(1, length, dtype=torch.long))
+
+
+def publish_cost(points: list[dict[str, Any]], unfused: dict[int, int], args: argparse.Namespace) -> None:
+    """The table as CSV and markdown, and every measurement as JSON."""
+    table: list[dict[str, Any]] = []
+    for length in args.lengths:
+        for way in ways():
+            runs = [p for p in points if (p["tokens"], p["attention"]) == (length, way)]
+            seconds = [p["seconds"] for p in runs]
+            table.append({"tokens": length, "attention": way, "seconds": round(statistics.median(seconds), 1),
+                          "fastest": round(min(seconds), 1), "slowest": round(max(seconds), 1),
+                          "peak_bytes": max(p["peak"] for p in runs)})  # fmt: skip
+        table.append({"tokens": length, "attention": "full, not fused", "seconds": None, "fastest": None,
+                      "slowest": None, "peak_bytes": unfused[length]})  # fmt: skip
     write_csv(RESULTS / "cost.csv", table)
-    write_json(RESULTS / "cost.json", {"settings": settings(args), "cost": table})
+    write_json(RESULTS / "cost.json", {"settings": settings(args), "measured": points, "predicted": unfused})
     lines = [
         "# A training step of SmolLM2-135M, S²-Attn against full attention",
         "",
-        "One row, bfloat16 base, activation checkpointing, forward and backward, one CPU core, both ways by turns:",
-        f"median (fastest to slowest) of {turns} turns of the time that the process had the core. The peak is",
-        "the allocator's own record with AdamW's moments (`inlay.train.measure`); full attention is torch's fused",
-        "kernel, whose memory grows with the length alone.",
+        "One row, forward and backward, bfloat16 base, activation checkpointing, the same trained tensors, by turns on",
+        f"one CPU core. Seconds: median (fastest to slowest) of {args.repeats} turns of the time the process had the",
+        "core, which other work shared. Peak: the allocator's own record and AdamW's moments (`inlay.train.measure`).",
+        "torch's fused kernel never holds the n² scores of full attention, so memory is the same; without it they are",
+        "held, which was predicted on shapes alone (as `inlay plan` does) and not run.",
         "",
         "| tokens | attention | seconds | peak |",
         "|--:|---|--:|--:|",
         *(
-            f"| {r['tokens']} | {r['attention']} | {r['seconds']:.1f} ({r['fastest']:.1f} to {r['slowest']:.1f}) "
-            f"| {r['peak_bytes'] / 1e9:.2f} GB |"
+            f"| {r['tokens']} | {r['attention']} | "
+            + ("–" if r["seconds"] is None else f"{r['seconds']} ({r['fastest']} to {r['slowest']})")
+            + f" | {r['peak_bytes'] / 1e9:.2f} GB |"
             for r in table
         ),
     ]

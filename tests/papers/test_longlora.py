@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import inlay
 from inlay.core.adapter import attached
@@ -335,6 +335,12 @@ def test_what_it_refuses() -> None:
         inlay.adapt(gpt2, LongLoRA(stretch=2.0))
     assert "inlay" not in gpt2._modules
     inlay.adapt(gpt2, LongLoRA())
+    bart = AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model("bart", vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1,
+                             encoder_attention_heads=2, decoder_attention_heads=2)
+    )  # fmt: skip
+    with pytest.raises(SiteError, match="BartDecoder attends to an encoder"):
+        inlay.adapt(bart, LongLoRA().replace(r=0, embeddings=False, norms=False), "decoder.block")
 
 
 @pytest.mark.parametrize("other", [PromptTuning(tokens=2), PrefixTuning(tokens=2)])

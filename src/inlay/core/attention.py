@@ -171,7 +171,7 @@ class AttentionMount(TokenMount):
         method = attending(self)
         # with a cache there are more keys than queries, and a sliding window is local already
         if method is not None and query.shape[2] == key.shape[2] and rest.get("sliding_window") is None:
-            return attended(method, self.module, query, key, value, rest, self.inlay.call), None
+            return attended(method, query, key, value, rest, self.inlay.call), None
         prefix = self.prefix(key, value)
         if prefix is None:
             return self.seam.forward(query, key, value, mask, rest)

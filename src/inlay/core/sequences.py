@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.core.errors import AdapterError, RouteError
 from inlay.core.method import AttentionMethod, TokenMethod
@@ -38,9 +38,7 @@ def attending(mount: TokenMount) -> AttentionMethod | None:
     return found[-1]
 
 
-def attended(
-    method: AttentionMethod, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, rest: dict[str, Any], call: Call
-) -> Tensor:
+def attended(method: AttentionMethod, q: Tensor, k: Tensor, v: Tensor, rest: dict[str, Any], call: Call) -> Tensor:
     """The attention's output (batch, n, heads, size) as transformers wants it; zero at padding."""
     causal = partial(
         F.scaled_dot_product_attention, is_causal=True, scale=rest.get("scaling"), dropout_p=rest.get("dropout", 0.0)
@@ -73,10 +71,8 @@ def sequences(q: Tensor, rest: dict[str, Any], call: Call) -> list[tuple[int, Te
     mask, positions = call.mask, call.positions
     if mask is not None and mask.shape != (batch, n):
         raise AdapterError(f"the attention mask marks {tuple(mask.shape)} tokens, the attention sees {(batch, n)}")
-    if positions is not None:
-        positions = positions.expand(batch, n)
-        begins = F.pad(positions.diff() != 1, (1, 0))
-    if (mask is None or bool(mask.all())) and (positions is None or not bool(begins.any())):
+    positions = None if positions is None or positions.dim() != 2 else positions.expand(batch, n)
+    if (mask is None or bool(mask.all())) and (positions is None or bool((positions.diff() == 1).all())):
         return None
     found = []
     for row in range(batch):

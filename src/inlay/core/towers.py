@@ -260,12 +260,11 @@ def prefix_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
 
 
 def attention_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
-    """The causal self-attentions among these; SiteError where there are none, or one computes more than attention."""
-    causal = [spot for spot in spots if not spot.is_cross and getattr(spot.module, "is_causal", False)]
-    if not causal:
-        raise SiteError(
-            f"{method.label()} is for decoders: the attentions of {type(tower.module).__name__} are not causal"
-        )
+    """The causal attentions among these; SiteError where there are none, or one computes more than attention."""
+    causal = [spot for spot in spots if getattr(spot.module, "is_causal", False)]
+    if not causal or any(spot.is_cross for spot in tower.spots):
+        why = "attends to an encoder" if causal else "has no causal attention"
+        raise SiteError(f"{method.label()} is for decoders that stand alone: {type(tower.module).__name__} {why}")
     for spot in causal:
         foreign = FOREIGN & handed_over(spot.module)
         if foreign:
