@@ -72,19 +72,27 @@ def mean_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------- a longer context
 def extend(args: argparse.Namespace) -> None:
-    """Train with S²-Attn at twice the base's context; perplexity by position on books of other authors."""
+    """Train with S²-Attn at twice the base's context; perplexity by position on books of other authors.
+
+    An adapter in `runs/longlora` is not trained again, but measured.
+    """
     torch.manual_seed(0)
     model, splits = opened(train=args.train_length, test=args.length)
-    test = splits["test"][: args.rows]
-    adapter = inlay.adapt(model, LongLoRA(stretch=args.length / NATIVE, groups=4))
-    log = train(model, adapter, splits["train"], args)
-    adapter.save(str(RUN), model=MODEL, data=DATA, steps=args.steps, length=args.length)
+    test = splits["test"][:: len(splits["test"]) // args.rows][: args.rows]  # from all books
+    method, course = LongLoRA(stretch=args.length / NATIVE, groups=4), RUN / "training.json"
+    if course.exists():
+        adapter = inlay.load(model, RUN)
+    else:
+        adapter = inlay.adapt(model, method)
+        log = train(model, adapter, splits["train"], args)
+        adapter.save(str(RUN), model=MODEL, data=DATA, steps=args.steps, length=args.length)
+        write_json(course, {"settings": settings(args), "steps": log})
     table = [measured("LongLoRA", model, test)]
     with inlay.disabled(model):
         table.insert(0, measured("base", model, test))
-    inlay.adapt(model, LongLoRA(stretch=args.length / NATIVE, r=0, embeddings=False, norms=False), name="stretched")
+    inlay.adapt(model, method.replace(r=0, embeddings=False, norms=False), name="stretched")
     table.insert(1, measured("base with p/s, not trained", model, test))
-    publish(table, log, adapter, args)
+    publish(table, json.loads(course.read_text(encoding="utf-8")), adapter, args)
 
 
 def train(model: Any, adapter: Adapter, rows: Sequence[Tensor], args: argparse.Namespace) -> list[dict[str, float]]:
@@ -125,18 +133,16 @@ def measured(label: str, model: Any, rows: Sequence[Tensor]) -> dict[str, Any]:
     return {"model": label, **line}
 
 
-def publish(
-    table: list[dict[str, Any]], log: list[dict[str, float]], adapter: Adapter, args: argparse.Namespace
-) -> None:
+def publish(table: list[dict[str, Any]], course: dict[str, Any], adapter: Adapter, args: argparse.Namespace) -> None:
     """The table of perplexities as CSV and markdown, and the run as JSON."""
     write_csv(RESULTS / "extend.csv", table)
-    seconds = statistics.median(point["seconds"] for point in log)
+    seconds, own = statistics.median(point["seconds"] for point in course["steps"]), course["settings"]
     spans = [key for key in table[0] if key != "model"]
     lines = [
         f"# SmolLM2-135M from {NATIVE} to {args.length} tokens",
         "",
-        f"Perplexity by position in {args.rows} x {args.length} tokens of an author that training has not seen, full",
-        f"attention. Trained: {args.steps} steps of one row of {args.train_length} tokens in S²-Attn of 4 groups,",
+        f"Perplexity by position in {args.rows} x {args.length} tokens of authors that training has not seen, full",
+        f"attention. Trained: {own['steps']} steps of one row of {own['train_length']} tokens in S²-Attn of 4 groups,",
         f"{adapter.adapter_parameters:,} numbers, {seconds:.0f} s a step (median) on one CPU core in bfloat16.",
         "",
         "| model | " + " | ".join(spans) + " |",
@@ -144,7 +150,7 @@ def publish(
         *(f"| {row['model']} | " + " | ".join(f"{row[s]:.1f}" for s in spans) + " |" for row in table),
     ]
     write_text(RESULTS / "extend.md", "\n".join(lines) + "\n")
-    write_json(RESULTS / "extend.json", {"settings": settings(args), "perplexity": table, "training": log})
+    write_json(RESULTS / "extend.json", {"settings": settings(args), "perplexity": table, "training": course})
 
 
 # ---------------------------------------------------------------------- what a step costs
@@ -262,7 +268,7 @@ def main() -> None:
     one.add_argument("--length", type=int, default=2 * NATIVE)
     one.add_argument("--train-length", type=int, default=4096)
     one.add_argument("--steps", type=int, default=14)
-    one.add_argument("--rows", type=int, default=1)
+    one.add_argument("--rows", type=int, default=2)
     one.set_defaults(run=extend)
     two = commands.add_parser("cost", help="time and memory of a step")
     two.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import inlay
 from inlay.core.adapter import attached
 from inlay.core.errors import AdapterError, MergeError, OptionError, RouteError, SiteError
+from inlay.core.method import Method
 from inlay.methods import Full, LongLoRA, LoRA, NormTuning, PrefixTuning, PromptTuning
 
 VOCABULARY, N = 50, 16
@@ -344,7 +345,7 @@ def test_what_it_refuses() -> None:
 
 
 @pytest.mark.parametrize("other", [PromptTuning(tokens=2), PrefixTuning(tokens=2)])
-def test_virtual_tokens_are_not_trained_in_groups(other: inlay.Method) -> None:
+def test_virtual_tokens_are_not_trained_in_groups(other: Method) -> None:
     model = decoder()
     inlay.adapt(model, [LongLoRA(), other])
     logits(model.eval(), tokens())
