@@ -16,7 +16,7 @@ import inlay
 from inlay.catalogue import names
 from inlay.core.adapter import Adapter
 from inlay.core.errors import InlayError, OptionError
-from inlay.core.method import REGISTRY, Method, TokenMethod, method_class, method_from
+from inlay.core.method import REGISTRY, AttentionMethod, Method, TokenMethod, method_class, method_from
 from inlay.core.options import Option, options
 from inlay.interop import peft
 
@@ -69,8 +69,8 @@ def measured(text: str) -> dict[str, Cell]:
 
 
 def concerns(method: Method, place: Place) -> bool:
-    """Whether asking makes sense: the token sequence is the place of token methods, a head alone has none."""
-    return method.has_sites and isinstance(method, TokenMethod) == (place.where is None)
+    """Whether asking makes sense: methods on tokens and attentions name their own places, a head alone has none."""
+    return method.has_sites and isinstance(method, TokenMethod | AttentionMethod) == (place.where is None)
 
 
 def cell_of(text: str, place: Place) -> Cell:

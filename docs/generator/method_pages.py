@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from inlay.catalogue import describe
-from inlay.core.method import REGISTRY, Method, method_class
+from inlay.core.method import REGISTRY, AttentionMethod, Method, method_class
 from inlay.core.options import Option, options
 from inlay.core.statistics import Calibrated
 from inlay.interop.peft import FAMILIES
@@ -51,6 +51,30 @@ ids, labels = torch.randint(100, (8, 16)), torch.randint(2, (8,))
 adapter.save("adapter")
 """
 START = 'inlay.calibrate(model, [{"input_ids": ids, "labels": labels}])  # in earnest several batches of real data\n'
+DECODER = """\
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import inlay
+from inlay.methods import {imports}
+
+config = LlamaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+model = LlamaForCausalLM(config)  # a small random one; any pretrained model goes here
+adapter = inlay.adapt(model, {call})
+print(adapter)
+
+optimizer = torch.optim.AdamW(adapter.parameters(), lr={rate:g})
+ids = torch.randint(100, (2, 64))
+model.train()
+for k in range(3):
+    loss = model(input_ids=ids, labels=ids).loss + inlay.penalty(model)
+    loss.backward()
+    optimizer.step()
+{step}    optimizer.zero_grad()
+
+adapter.save("adapter")
+"""
+"""The same for methods that are for decoders alone."""
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
 STORED = 'quantise(model, "{kind}", head=["classifier"])\n'
 MERGED = "adapter.merge()  # the network is an ordinary one again; adapter.unmerge() takes it back\n"
@@ -160,11 +184,12 @@ def snippet(cls: type[Method]) -> str:
     o = first_option(cls)
     imports = sorted({cls.__name__, *([type(o.default).__name__] if o and isinstance(o.default, Method) else [])})
     call = f"{cls.__name__}({o.name}={shown(o.default)})" if o else f"{cls.__name__}()"
-    text = SNIPPET.format(imports=", ".join(imports), call=call, rate=cls.learning_rate,
-                          start=START if issubclass(cls, Calibrated) else "",
-                          step=STEP if cls.step is not Method.step else "",
-                          quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
-                          stored=STORED.format(kind=cls.needs) if cls.needs else "")  # fmt: skip
+    text = DECODER if issubclass(cls, AttentionMethod) else SNIPPET
+    text = text.format(imports=", ".join(imports), call=call, rate=cls.learning_rate,
+                       start=START if issubclass(cls, Calibrated) else "",
+                       step=STEP if cls.step is not Method.step else "",
+                       quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
+                       stored=STORED.format(kind=cls.needs) if cls.needs else "")  # fmt: skip
     return text + (MERGED if cls.mergeable else "")
 
 
@@ -177,7 +202,8 @@ def command_lines(cls: type[Method], counts: Counts) -> str:
         chosen = f" --set {o.name}={value}"
     arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
     chosen += f" --quantize {cls.needs}" if cls.needs else ""
-    train = f"inlay train --model minilm --data trec --method {cls.name()}{chosen} --output runs/{cls.name()}"
+    what = "smollm2-135m-instruct --data gutenberg" if issubclass(cls, AttentionMethod) else "minilm --data trec"
+    train = f"inlay train --model {what} --method {cls.name()}{chosen} --output runs/{cls.name()}"
     return (
         f"```bash\ninlay plan --arch {arch} --method {cls.name()}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"
         f"<!-- not run: fetches a model and a data set -->\n```bash\n{train}\n```\n"

@@ -135,6 +135,17 @@ def bert() -> nn.Module:
     )  # fmt: skip
 
 
+def decoder() -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=24, use_cache=False,
+        )
+    )  # fmt: skip
+
+
 def vectors(*shape: int) -> Callable[[], Inputs]:
     return lambda: {"x": torch.randn(ROWS, *shape)}
 
@@ -172,5 +183,6 @@ PLACES = (
     ),
     Place("norm", single(nn.LayerNorm, 12), vectors(3, 12), ("inner",), "a normalisation layer"),
     Place("block", Transformer, vectors(5, 8), ("block",), "the hidden state that leaves a transformer block"),
-    Place("tokens", bert, ids("input_ids"), None, "the token sequence and the attentions that read it"),
+    Place("tokens", bert, ids("input_ids"), None, "the token sequence and the attentions that read it, of an encoder"),
+    Place("decoder", decoder, ids("input_ids"), None, "the same of a decoder"),
 )  # fmt: skip

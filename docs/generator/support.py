@@ -28,7 +28,7 @@ to it, and what the letter says is done and compared. Nothing here is written by
 | R | rows of one batch go to different adapters (`inlay.route`), equal to running them one by one |
 | P | written as a Hugging Face PEFT folder and read back, it computes the same |
 | – | refused when attaching, with the reason below |
-| · | not asked: methods on tokens act on the token sequence and others do not, a task head alone has no place |
+| · | not asked: methods on tokens and attentions name their own places, others are given one; a head alone has none |
 
 A letter that is missing is refused. The numbers point to the reasons, with the letter they are about; one beside a
 method's name holds wherever the method attaches.

@@ -16,6 +16,7 @@ SIZES = {  # split sizes, then the class counts of the whole set (None where the
     "snli": ([94891, 4999, 9824], [36548, 36753, 36413]),
     "instructlab": ([23545, 500, 500], None),
     "gsm8k": ([6973, 500, 1319], None),
+    "gutenberg": ([14, 2, 2], None),
     "grocery": ([675, 57, 661], None),
     "cxr": ([2282, 250, 632], [1582, 1582]),
     "cifar10": ([45000, 5000, 10000], [6000] * 10),
@@ -60,6 +61,16 @@ def test_text_samples():
 
     (system, user, assistant) = loaded("instructlab").splits["train"][0]["messages"]
     assert [m["role"] for m in (system, user, assistant)] == ["system", "user", "assistant"]
+
+
+def test_books_are_whole_and_split_by_author():
+    books = {split: {row["title"]: row["text"] for row in rows} for split, rows in loaded("gutenberg").splits.items()}
+    assert sorted(books["test"]) == ["carroll-alice", "melville-moby_dick"]
+    assert "Call me Ishmael." in books["test"]["melville-moby_dick"]
+    assert len(books["test"]["melville-moby_dick"]) > 1_200_000
+    authors = [{title.partition("-")[0] for title in titles} for titles in books.values()]
+    assert not authors[0] & (authors[1] | authors[2])
+    assert not authors[1] & authors[2]
 
 
 def test_nothing_leaks_from_training_into_tests():

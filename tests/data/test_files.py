@@ -36,6 +36,15 @@ def test_csv(tmp_path):
     assert inlay.data.load(tmp_path / "a.csv", seed=1).fingerprint != data.fingerprint
 
 
+def test_documents_are_a_text_alone_where_asked_for(tmp_path):
+    path = csv_of(tmp_path / "a.csv", [{"text": f"document {i}"} for i in range(9)])
+    data = inlay.data.load(path, task="causal-lm")
+    assert data.task == "causal-lm"
+    assert set(data.splits["train"][0]) == {"text"}
+    with pytest.raises(DataError, match="No task fits"):
+        inlay.data.load(path)
+
+
 def test_tsv_jsonl_and_parquet_read_alike(tmp_path):
     csv_of(tmp_path / "a.tsv", rows(), "\t")
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows()) + "\n\n")
@@ -283,7 +292,9 @@ def test_bad_arguments(tmp_path):
         inlay.data.load(path, columns={"txt": "text"})
     with pytest.raises(DataError, match="Unknown task 'sorting'; known: text-classification"):
         inlay.data.load(path, task="sorting")
-    with pytest.raises(DataError, match=r"causal-lm needs a column for messages, or prompt and answer\. The columns"):
+    with pytest.raises(
+        DataError, match=r"needs a column for messages, or prompt and answer, or text alone\. The columns"
+    ):
         inlay.data.load(path, task="causal-lm")
     with pytest.raises(DataError, match="image-classification needs a column for image"):
         inlay.data.load(path, task="image-classification")

@@ -127,6 +127,19 @@ def test_long_rows_never_lose_their_answer_silently(tokenizer):
         inlay.data.prepare(data_of("causal-lm", rows), tokenizer, max_length=4)
 
 
+def test_documents_are_cut_into_rows_that_all_carry_loss(tokenizer):
+    texts = ["abcdefghij", "klm", ""]
+    prepared = inlay.data.prepare(data_of("causal-lm", [{"text": t} for t in texts]), tokenizer, max_length=4)
+    rows = [tokenizer.decode(row["input_ids"]) for row in prepared.splits["train"]]
+    assert rows == ["abcd", "efgh", "ij<|im_end|>", "klm<|im_end|>"]
+    assert all(torch.equal(row["labels"], row["input_ids"]) for row in prepared.splits["train"])
+    assert prepared.template is None
+    with pytest.raises(DataError, match="its rows are documents, not chats"):
+        inlay.data.prepare(data_of("causal-lm", [{"text": "ab"}]), tokenizer, template=CHATML)
+    with pytest.raises(DataError, match="No document has two tokens"):
+        inlay.data.prepare(data_of("causal-lm", [{"text": ""}]), tokenizer)
+
+
 def test_collate_pads_and_masks(tokenizer):
     rows = [{"text": "abc", "label": 1}, {"text": "abcde", "label": 0}]
     prepared = inlay.data.prepare(data_of("text-classification", rows, ["x", "y"]), tokenizer, multiple_of=8)

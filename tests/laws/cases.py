@@ -13,6 +13,7 @@ import inlay
 from inlay.core.adapter import Adapter
 from inlay.core.method import (
     REGISTRY,
+    AttentionMethod,
     HiddenMethod,
     Method,
     ParameterMethod,
@@ -51,6 +52,7 @@ SETTINGS: dict[str, list[str]] = {
     "deltalora": ["deltalora(of=lora(r=2))"],
     "relora": ["relora(of=lora(r=2), restarts=2)", "relora(of=vera(r=5), restarts=1)"],
     "adalora": ["adalora(r=4, target=2)"],
+    "longlora": ["longlora(r=2, alpha=1, groups=2)", "longlora(stretch=2, r=2, alpha=1, groups=3, leak=true)"],
     "ssf": ["ssf", "ssf(init='paper')"],
     "weightnorm": ["weightnorm", "weightnorm(trained='g')", "weightnorm(trained='v')"],
     "oft": [
@@ -96,7 +98,7 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
         return bench.where or None
     if isinstance(method, HiddenMethod):
         return bench.hidden or None
-    if isinstance(method, TokenMethod):
+    if isinstance(method, TokenMethod | AttentionMethod):
         return () if bench.tokens else None
     return () if bench.name == "classifier" else None
 

@@ -38,6 +38,10 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ("RoAd", {"conv1d-same", "conv2d-groups"}, "would mix the outputs of different groups of 'conv'"),
     # no seam in the base's own code where the method could enter
     ("PromptTuning", {"vit"}, "its forward has no `inputs_embeds`"),
+    ("LongLoRA", {"bert", "classifier", "vit"}, "is for decoders that stand alone: .* has no causal attention"),
+    ("LongLoRA", {"gpt-oss"}, "computes plain causal attention, but GptOssAttention also has s_aux"),
+    ("LongLoRA", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
+    ("LongLoRA(stretch", {"gpt2-mlp", "gemma"}, "stretches rotary positions, and '.*' has none of a single kind"),
     ("PrefixTuning", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
     # a stored number of few bits cannot be trained
     ("Full", PACKED, "which is quantised: leave it out with exclude="),

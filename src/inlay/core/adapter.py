@@ -70,7 +70,7 @@ def adapt(
     heads = find_head(finder) if head == "auto" else tuple(head or ())
     finder = Finder(model, heads, tuple(exclude), None if layers is None else tuple(layers))
     plans = []
-    for p in placements:
+    for p in [part for placement in placements for part in parts_of(placement, patterns)]:
         if p.method.has_sites:
             plans.append((p, finder.sites(p.method, p.where or patterns or p.method.where or ("",), dtype)))
         elif not heads:
@@ -230,6 +230,18 @@ def model_is(model: object) -> None:
         raise AdapterError(
             "adapt the model before DistributedDataParallel wraps it: only tensors that are there then are kept in step"
         )
+
+
+def parts_of(placement: Placement, where: Sequence[Pattern] | None) -> tuple[Placement, ...]:
+    """A method and those that belong to it at places of their own."""
+    beside = placement.method.beside()
+    if beside and (placement.where or where):
+        kinds = ", ".join(type(p.method).__name__ for p in beside)
+        raise SiteError(
+            f"{placement.method.label()} brings {kinds} with it, each to its own places: leave `where` out, or give it "
+            "options without them and list them yourself, with `.on(…)`"
+        )
+    return (placement, *beside)
 
 
 def place(method: Method | Placement | str | dict) -> Placement:

@@ -1,10 +1,10 @@
-"""Keys and values before those of the tokens, through transformers' attention interface.
+"""What acts inside an attention, prefixes and other ways to attend, through transformers' attention interface.
 
 Every attention of transformers hands itself, its queries, keys, values and mask to the function that
 `config._attn_implementation` names. `Seam` gives one module a view of its configuration that names inlay's function
-instead, which puts the prefix before keys and values and calls the function the configuration really names. So the
-cache never holds a prefix, rotary positions are applied already, masks are made as for the real implementation, and
-the model's own configuration is not touched.
+instead. That lets a method attend in its own way, or puts the prefix before keys and values and calls the function the
+configuration really names. So the cache never holds a prefix, rotary positions are applied already, masks are made as
+for the real implementation, and the model's own configuration is not touched.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from inlay.core.errors import AdapterError, SiteError
 from inlay.core.method import PrefixMethod
+from inlay.core.sequences import attended, attending
 from inlay.core.tokens import TokenMount
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Seam:
         if CONFIG not in module.__dict__ or "ALL_ATTENTION_FUNCTIONS" not in code.co_names or len(eager) != 1:
             raise SiteError(
                 f"{type(module).__name__} computes attention without transformers' attention interface: "
-                "no prefix can stand before its keys"
+                "no method can act on its queries and keys"
             )
         self.module = module
         self.eager: Callable = scope[eager[0]]
@@ -113,8 +114,8 @@ def attend(
     return module.__dict__[HANDLER].attend(query, key, value, attention_mask, kwargs)
 
 
-class PrefixMount(TokenMount):
-    """The prefixes before one attention's keys and values."""
+class AttentionMount(TokenMount):
+    """The prefixes before one attention's keys and values, and the method that attends in the base's stead."""
 
     def __init__(self, module: nn.Module, inlay: Inlay, path: str) -> None:
         super().__init__(module, inlay, path)
@@ -134,8 +135,8 @@ class PrefixMount(TokenMount):
         parts = []
         for name in names:
             for level in self.levels.get(name, ()):
-                assert isinstance(level.method, PrefixMethod)
-                parts.append(level.method.prefix(level.site.parts.index(self.path)))
+                if isinstance(level.method, PrefixMethod):
+                    parts.append(level.method.prefix(level.site.parts.index(self.path)))
         if not parts:
             return None
         keys, values = zip(*parts, strict=True)
@@ -167,6 +168,10 @@ class PrefixMount(TokenMount):
 
     # ------------------------------------------------------------------ the attention
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, rest: dict[str, Any]) -> tuple:
+        method = attending(self)
+        # with a cache there are more keys than queries, and a sliding window is local already
+        if method is not None and query.shape[2] == key.shape[2] and rest.get("sliding_window") is None:
+            return attended(method, query, key, value, rest, self.inlay.call), None
         prefix = self.prefix(key, value)
         if prefix is None:
             return self.seam.forward(query, key, value, mask, rest)

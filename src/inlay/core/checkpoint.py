@@ -191,8 +191,9 @@ def identifying(site: Site) -> Iterator[tuple[str, str, Tensor]]:
     elif p is not None:
         yield site.path, site.param, p
     elif site.tower is not None:
-        if site.tower.embedding is not None:
-            yield site.tower.embed, "weight", site.tower.embedding.weight
+        table = None if site.tower.embedding is None else site.tower.embedding._parameters["weight"]
+        if table is not None:  # the base's own, not the copy that another method may train
+            yield site.tower.embed, "weight", table
         for spot in site.tower.spots:
             yield from ((spot.path, name, p) for name, p in spot.module.named_parameters())
 

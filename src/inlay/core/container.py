@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.attention import PrefixMount
+from inlay.core.attention import AttentionMount
 from inlay.core.calls import first, tensors_in
 from inlay.core.errors import AdapterError, RouteError, near
-from inlay.core.method import Method
+from inlay.core.method import AttentionMethod, Method
 from inlay.core.mount import Level, Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
+from inlay.core.rotary import Rotary, rotaries
 from inlay.core.sites import Site
 from inlay.core.tokens import Entry, TokenMount
 
@@ -50,6 +51,8 @@ class Call:
     """Tokens already in the key-value cache: 0 while a prompt is read, positive while tokens are generated."""
     prompt: Tensor | None = None
     """Real tokens of each row that are its prompt (batch,); None when all are."""
+    positions: Tensor | None = None
+    """Position ids (batch or 1, tokens), where the call gave some."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class Inlay(nn.Module):
         if rows is None:
             return call
         mask, prompt = (t if t is None else t[rows] for t in (call.mask, call.prompt))
-        return Call(mask, call.past, prompt)
+        return Call(mask, call.past, prompt, call.positions)
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +183,7 @@ class Inlay(nn.Module):
             slot += "'"  # a second method of one adapter at the same site
         own[slot] = method
         if site.tower is not None:
-            for tokens in self.token_mounts(site):
+            for tokens in self.token_mounts(site, method):
                 tokens.levels.setdefault(adapter, []).append(Level(method, site))
             return
         for path, module in [(site.path, site.module), *((path, module) for path, module, _ in site.ties)]:
@@ -201,13 +204,20 @@ class Inlay(nn.Module):
             self.state.mounts[path] = Mount(module, self, path, owner)
         return self.state.mounts[path]
 
-    def token_mounts(self, site: Site) -> list[TokenMount]:
-        """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions."""
+    def token_mounts(self, site: Site, method: Method) -> list[TokenMount]:
+        """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions.
+
+        One that changes the attention itself has the tower's rotary embeddings in the entry's stead.
+        """
         assert site.tower is not None
         tokens = self.state.tokens
-        found: list[TokenMount] = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
+        found: list[TokenMount]
+        if isinstance(method, AttentionMethod):
+            found = [tokens.get(path) or Rotary(module, self, path) for path, module in rotaries(site)]
+        else:
+            found = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
         for spot in site.tower.at(site.parts):
-            found.append(tokens.get(spot.path) or PrefixMount(spot.module, self, spot.path))
+            found.append(tokens.get(spot.path) or AttentionMount(spot.module, self, spot.path))
         tokens.update({mount.path: mount for mount in found})
         return found
 
@@ -346,7 +356,7 @@ class Inlay(nn.Module):
             prompt = marked_prompts(given.get("input_ids"), given.get("labels"), mask)
         else:
             prompt = spread(prompt, len(first(args, kwargs)))
-        self.state.call = Call(mask, int(length), prompt)
+        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"))
         if self.routes is not None:
             self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():

@@ -14,6 +14,7 @@ from inlay.core.errors import MergeError
 from inlay.core.method import ParameterMethod
 from inlay.core.mount import Level, Mount, applies_matrix, has_closed_form, kept
 from inlay.core.quantised import Storage, dense, is_quantised, plain
+from inlay.core.rotary import Rotary
 from inlay.core.sharded import is_spread
 from inlay.core.sites import ConvHost, EmbeddingHost, NormHost, QuantisedHost, host_of
 
@@ -82,6 +83,8 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False, requantise: b
             replacements = {mount: merged_tensors(mount, levels) for mount, levels in stacks.items()}
         inlay.state.merged_names, inlay.state.active_before = names, active
         put(model, stacks, replacements)
+        for rotary in rotaries(model):
+            rotary.merge(names)
         activate(inlay, [n for n in active if n not in names])
         with inlay.only():
             worst = max((difference(before[mount], probe(mount)) for mount in before), default=0.0)
@@ -175,8 +178,15 @@ def unmerge(model: nn.Module) -> None:
     for (path, name), tensor in state.merged.items():
         module = model.get_submodule(path)
         (module._parameters if name in module._parameters else module._buffers)[name] = tensor
+    for rotary in rotaries(model):
+        rotary.unmerge()
     state.merged, state.swapped, state.merged_names = {}, {}, ()
     activate(inlay, [name for name in state.active_before if name in inlay.adapters])
+
+
+def rotaries(model: nn.Module) -> list[Rotary]:
+    """The rotary embeddings that methods act on."""
+    return [mount for mount in attached(model).state.tokens.values() if isinstance(mount, Rotary)]
 
 
 def refuse(levels: Iterable[Level], dequantise: bool, requantise: bool) -> None:

@@ -21,9 +21,13 @@ from inlay.core.matrices import Matrix
 from inlay.core.options import check_known, option, options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
 
     from inlay.core.sites import Site
+
+    Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 M = TypeVar("M", bound="Method")
 
@@ -81,6 +85,10 @@ class Method(nn.Module, ABC):
     def validate(self) -> None:
         """Check options against each other; raise OptionError."""
         return
+
+    def beside(self) -> tuple[Placement, ...]:
+        """Methods that belong to this one at places of their own, attached and saved with it; none by default."""
+        return ()
 
     def acts_at(self, site: Site) -> bool:
         """Whether the method takes this place, of those that `where` names (AdapterDrop leaves out low blocks)."""
@@ -339,6 +347,25 @@ class PrefixMethod(TokenMethod):
         """P_k and P_v, (key-value heads, p, head size) each, of the site's i-th attention."""
 
 
+class AttentionMethod(Method):
+    """Computes the attention of a decoder in the base's stead; sites are towers, `site.parts` their attentions."""
+
+    stretch: float = option(
+        default=1.0, doc="s of rotary positions p/s, in evaluation too: target length over the base's context", low=1.0
+    )
+
+    @abstractmethod
+    def attends(self) -> bool:
+        """Whether it computes the attention now, or leaves it to the base (as most do in evaluation)."""
+
+    @abstractmethod
+    def attend(self, causal: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output (batch, heads, n, size) for whole sequences without padding, keys repeated for every head.
+
+        `causal(q, k, v)` is causal attention with the base's scale and dropout, over any batch.
+        """
+
+
 class ParameterMethod(Method):
     """Trains its own copy of one tensor of the base, which stays as it was: p ↦ `parameter(p)`."""
 
@@ -426,7 +453,7 @@ def uniform(shape: tuple[int, ...], bound: float) -> Tensor:
 
 
 __all__ = [
-    "REGISTRY", "ComposeError", "DeltaMethod", "HiddenMethod", "Method", "ParameterMethod", "Placement",
-    "PrefixMethod", "PromptMethod", "TokenMethod", "WeightMethod", "method_class", "method_from", "option",
+    "REGISTRY", "AttentionMethod", "ComposeError", "DeltaMethod", "HiddenMethod", "Method", "ParameterMethod",
+    "Placement", "PrefixMethod", "PromptMethod", "TokenMethod", "WeightMethod", "method_class", "method_from", "option",
     "register", "uniform",
 ]  # fmt: skip

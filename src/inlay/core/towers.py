@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
 from inlay.core.errors import CheckpointError, SiteError
-from inlay.core.method import PrefixMethod, PromptMethod, TokenMethod
+from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, TokenMethod
 from inlay.core.rows import rows_of
 from inlay.core.sites import Site, host_of
 
@@ -167,7 +167,9 @@ def common(paths: list[str]) -> str:
 
 
 # ---------------------------------------------------------------------- from `where` to sites
-def token_sites(finder: Finder, method: TokenMethod, patterns: Iterable[Pattern], dtype: torch.dtype) -> list[Site]:
+def token_sites(
+    finder: Finder, method: TokenMethod | AttentionMethod, patterns: Iterable[Pattern], dtype: torch.dtype
+) -> list[Site]:
     """One site per tower that the patterns name, that which reads the model's tokens when they name none."""
     known = towers(finder.model, finder.anatomy)
     if not known:
@@ -183,10 +185,10 @@ def token_sites(finder: Finder, method: TokenMethod, patterns: Iterable[Pattern]
             found = [prompt_site(method, tower) for tower in entered(method, known, pattern, parts)]
             found = [site for site in found if site.name not in {part.name for part in left_out}]
         else:
+            at = attention_site if isinstance(method, AttentionMethod) else prefix_site
             found = [
-                prefix_site(method, tower, spots) for tower in known
-                if (spots := chosen(tower, parts, left_out, finder.layers))
-            ]  # fmt: skip
+                at(method, tower, spots) for tower in known if (spots := chosen(tower, parts, left_out, finder.layers))
+            ]
         for site in found:
             site.dtype = dtype
             if site.key in sites:
@@ -198,7 +200,7 @@ def token_sites(finder: Finder, method: TokenMethod, patterns: Iterable[Pattern]
         raise SiteError(
             f"{method.label()} finds no input embeddings at {list(patterns)}{where}" if isinstance(method, PromptMethod)
             else f"{method.label()} finds no attention at {list(patterns)}{where} that goes through transformers' "
-            "attention interface, where a prefix can be put before its keys"
+            "attention interface, where a method can act on its queries and keys"
         )  # fmt: skip
     for site in sites.values():
         site.peers = list(sites.values())
@@ -244,7 +246,7 @@ def prompt_site(method: PromptMethod, tower: Tower) -> Site:
     )  # fmt: skip
 
 
-def prefix_site(method: TokenMethod, tower: Tower, spots: list[Spot]) -> Site:
+def prefix_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
     if isinstance(method, PrefixMethod) and method.shift and "position_ids" not in arguments(tower.module):
         raise SiteError(
             f"{method.label()}: {type(tower.module).__name__} takes no position ids, so none can be shifted"
@@ -255,6 +257,35 @@ def prefix_site(method: TokenMethod, tower: Tower, spots: list[Spot]) -> Site:
         tower.root, tower.module, keyed(tower, "attn", tower.label), key=keyed(tower, "prefix"), width=spots[0].width,
         tower=tower, parts=[spot.path for spot in spots],
     )  # fmt: skip
+
+
+def attention_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
+    """The causal attentions among these; SiteError where there are none, or one computes more than attention."""
+    causal = [spot for spot in spots if getattr(spot.module, "is_causal", False)]
+    if not causal or any(spot.is_cross for spot in tower.spots):
+        why = "attends to an encoder" if causal else "has no causal attention"
+        raise SiteError(f"{method.label()} is for decoders that stand alone: {type(tower.module).__name__} {why}")
+    for spot in causal:
+        foreign = FOREIGN & handed_over(spot.module)
+        if foreign:
+            raise SiteError(
+                f"{method.label()} computes plain causal attention, but {type(spot.module).__name__} also has "
+                f"{', '.join(sorted(foreign))}"
+            )
+    return Site(
+        tower.root, tower.module, keyed(tower, "attn", tower.label), key=keyed(tower, "attention"),
+        width=causal[0].width, tower=tower, parts=[spot.path for spot in causal],
+    )  # fmt: skip
+
+
+FOREIGN = frozenset(("s_aux", "softcap", "position_bias"))
+"""What some attentions hand over besides queries, keys and values that plain attention has no place for."""
+
+
+def handed_over(module: nn.Module) -> set[str]:
+    """Names of the keyword arguments in calls of a module's forward, that of the attention function among them."""
+    constants = inspect.unwrap(type(module).forward).__code__.co_consts
+    return {name for names in constants if isinstance(names, tuple) for name in names if isinstance(name, str)}
 
 
 def keyed(tower: Tower, word: str, before: str | None = None) -> str:

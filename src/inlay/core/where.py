@@ -12,7 +12,7 @@ from torch import nn
 
 from inlay.core.anatomy import Anatomy, Part, anatomy
 from inlay.core.errors import SiteError, near
-from inlay.core.method import HiddenMethod, Method, ParameterMethod, TokenMethod, WeightMethod
+from inlay.core.method import AttentionMethod, HiddenMethod, Method, ParameterMethod, TokenMethod, WeightMethod
 from inlay.core.quantised import is_quantised
 from inlay.core.rows import Rows, rows_of
 from inlay.core.sites import Host, LinearHost, QuantisedHost, Site, StoredHost, StoredTransposedHost, host_of, operation
@@ -114,7 +114,7 @@ class Finder:
     # ------------------------------------------------------------------ parts to sites
     def sites(self, method: Method, patterns: Iterable[Pattern], dtype: Dtype) -> list[Site]:
         """The sites of a method, in model order, each place once."""
-        if isinstance(method, TokenMethod):
+        if isinstance(method, TokenMethod | AttentionMethod):
             return token_sites(self, method, tuple(patterns), dtype)
         chosen: dict[str, Site] = {}
         excluded = {(p.path, p.param, p.rows) for e in self.exclude for p in self.parts(e)}

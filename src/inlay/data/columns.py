@@ -51,6 +51,7 @@ FIELDS: dict[str, dict[str, bool]] = {  # by task: its fields, and whether they 
     "image-classification": {"image": True, "label": True},
     "causal-lm": {"messages": True},
     "causal-lm from prompt and answer": {"prompt": True, "answer": True, "input": False, "system": False},
+    "causal-lm from documents": {"text": True},
 }
 # integers with more values than this are as likely scores as classes
 _MOST_CLASSES = 100
@@ -91,10 +92,12 @@ def choose_task(fields: Mapping[str, str], found: Sequence[str], task: str | Non
         fitting.remove("regression")  # settled by the labels
     if "causal-lm" in fitting and "causal-lm from prompt and answer" in fitting:
         fitting.remove("causal-lm from prompt and answer")
+    if "causal-lm from documents" in fitting and (task is None or len(fitting) > 1 or "label" in fields):
+        fitting.remove("causal-lm from documents")  # text alone, and where it is asked for
     columns = f"The columns are {', '.join(found)}."
     if not fitting and task is not None:
         wanted = [f for f, required in FIELDS[task].items() if required and f not in fields]
-        also = ", or prompt and answer" if task == "causal-lm" else ""
+        also = ", or prompt and answer, or text alone" if task == "causal-lm" else ""
         raise DataError(
             f"{task} needs a column for {' and '.join(wanted)}{also}. {columns} Say which is which with columns, as in "
             f"--columns {wanted[0]}={found[0]}"
@@ -124,7 +127,7 @@ def rows_of(
         if not table.rows:
             raise DataError(f"{table.origin} is empty: it has no rows.")
     if kind.startswith("causal-lm"):
-        build = _chat if kind == "causal-lm" else _answered
+        build = {"causal-lm": _chat, "causal-lm from documents": _texts}.get(kind, _answered)
         return "causal-lm", {s: TextRows(_build(t, used, build)) for s, t in tables.items()}, None
     column = used["label"]
     if kind == "text-classification" and task is None:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from inlay.data.batches import Collate, ImageTensors, Item, TokenRows
 from inlay.data.chat import encode, template_of
+from inlay.data.documents import cut
 from inlay.data.rows import Data, DataError, Rows
 
 _LONGEST = 512  # unless asked for more: longer rows cost memory and rarely teach more
@@ -26,7 +27,7 @@ class Prepared:
             `pixel_values` and `labels`.
         collate: makes a batch of items, padded and with `attention_mask`; usable as `collate_fn`.
         processor: the tokenizer or image processor used.
-        template: the chat template (Jinja), for causal-lm: needed again when generating.
+        template: the chat template (Jinja), for chats: needed again when generating.
         max_length: tokens kept per row; None for images.
         note: how many rows were cut or dropped; empty if none.
     """
@@ -76,11 +77,17 @@ def prepare(
         return Prepared(data.task, splits, Collate(), processor, None, None, "")
 
     length = _length(processor, max_length)
-    used = template_of(processor, template) if data.task == "causal-lm" else None
+    documents = data.task == "causal-lm" and "messages" not in next(iter(data.splits["train"]))
+    if documents and template is not None:
+        raise DataError(f"template has no meaning for {data.name}: its rows are documents, not chats.")
+    used = template_of(processor, template) if data.task == "causal-lm" and not documents else None
     made: dict[str, Dataset[Item]] = {}
     notes = []
     for split, rows in data.splits.items():
-        made[split], note = _chats(rows, processor, used, length) if used else _texts(rows, processor, length)
+        if documents:
+            made[split], note = _documents(rows, processor, length)
+        else:
+            made[split], note = _chats(rows, processor, used, length) if used else _texts(rows, processor, length)
         if note:
             notes.append(f"{split}: {note}.")
     pad_id = processor.pad_token_id if processor.pad_token_id is not None else 0
@@ -121,6 +128,13 @@ def _chats(rows: Rows, tokenizer: Any, template: str, length: int) -> tuple[Toke
     if encoded.cut:
         parts.append(f"{encoded.cut} answers cut short at {length} tokens")
     return TokenRows({"input_ids": encoded.input_ids, "labels": encoded.labels}, None), "; ".join(parts)
+
+
+def _documents(rows: Rows, tokenizer: Any, length: int) -> tuple[TokenRows, str]:
+    ids = cut(tokenizer, rows.column("text"), length)
+    if not ids:
+        raise DataError("No document has two tokens, of which the second could be predicted.")
+    return TokenRows({"input_ids": ids, "labels": ids}, None), ""
 
 
 def size_options(processor: Any, side: int) -> dict[str, Any]:

@@ -182,6 +182,17 @@ def cxr(archive: Path) -> Packaged:
     return _image_classes(splits)
 
 
+def gutenberg(archive: Path) -> Packaged:
+    """A text file per book, author-title; these authors are in no other split."""
+    held_out = {"edgeworth": "validation", "burgess": "validation", "melville": "test", "carroll": "test"}
+    splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for name, content in sorted(read(archive, r"gutenberg/[a-z]+-\w+\.txt$")):
+        title = name.rsplit("/", 1)[-1].removesuffix(".txt")
+        split = held_out.get(title.partition("-")[0], "train")
+        splits[split].append({"text": content.decode("latin-1").replace("\r\n", "\n"), "title": title})
+    return {split: TextRows(rows) for split, rows in splits.items()}, None
+
+
 RECIPES: dict[str, Recipe] = {
     "trec": Recipe(trec, {"validation": 500, "test": 500}),
     "rotten-tomatoes": Recipe(rotten_tomatoes, {"validation": 1000, "test": 1000}),
@@ -190,6 +201,7 @@ RECIPES: dict[str, Recipe] = {
     "snli": Recipe(snli, {"validation": 5000}),
     "instructlab": Recipe(instructlab, {"validation": 500, "test": 500}),
     "gsm8k": Recipe(gsm8k, {"validation": 500}),
+    "gutenberg": Recipe(gutenberg),
     "cifar10": Recipe(cifar10, {"validation": 5000}),
     "grocery": Recipe(grocery),
     "cxr": Recipe(cxr, {"validation": 250}, leaks=True),

@@ -159,8 +159,8 @@ class Data:
     Attributes:
         name: what was asked for.
         task: one of `TASKS`. Rows are dicts: text classification {"text", "text2" (pairs), "label": int}; regression
-            the same with a float; causal-lm {"messages": [{"role", "content"}, …]}; image classification {"image":
-            RGB picture, "label": int}.
+            the same with a float; causal-lm {"messages": [{"role", "content"}, …]}, or {"text"} for whole documents;
+            image classification {"image": RGB picture, "label": int}.
         splits: "train", "validation" and "test".
         labels: class names by label; None for the other tasks.
         note: where splits come from, what was left out, what to beware of.

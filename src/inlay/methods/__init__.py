@@ -12,6 +12,7 @@ from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
 from inlay.methods.schedule.dylora import DyLoRA
+from inlay.methods.schedule.longlora import LongLoRA
 from inlay.methods.schedule.relora import ReLoRA
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
@@ -48,7 +49,7 @@ from inlay.methods.weight.weightnorm import WeightNorm
 __all__ = [
     "BOFT", "ETHER", "EVA", "IA3", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA", "DeltaLoRA",
     "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby", "KRAdapter", "KronA", "KronAB",
-    "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "NormTuning",
-    "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA",
-    "WeightNorm",
+    "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "LongLoRA",
+    "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd",
+    "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip

@@ -64,7 +64,8 @@ def head_rate(methods: Sequence[Method], recipe: Settings) -> float:
 
 def rates(recipe: Recipe) -> tuple[float | dict[str, float], float]:
     """(peak rate, by method where they differ; that of the head) that a recipe comes to."""
-    parts = [m for method in recipe.methods() for m in method.modules() if isinstance(m, Method)]
+    whole = [part for method in recipe.methods() for part in [p.method for p in method.beside()] or [method]]
+    parts = [m for method in whole for m in method.modules() if isinstance(m, Method)]
     own = {type(m).__name__: m.learning_rate for m in parts}
     rate = recipe.learning_rate if recipe.learning_rate is not None else own
     if isinstance(rate, dict) and len(set(rate.values())) == 1:
