@@ -4,10 +4,11 @@ from inlay.core.adapter import Adapter, adapt, delete, detach, disabled, penalty
 from inlay.core.checkpoint import load, save
 from inlay.core.merge import merge, unmerge
 from inlay.interop import export_peft
+from inlay.optim import optimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter", "adapt", "delete", "detach", "disabled", "export_peft", "load", "merge", "penalty", "route", "save",
-    "step", "unmerge", "use",
+    "Adapter", "adapt", "delete", "detach", "disabled", "export_peft", "load", "merge", "optimizer", "penalty",
+    "route", "save", "step", "unmerge", "use",
 ]  # fmt: skip

@@ -60,6 +60,7 @@ SETTINGS: dict[str, list[str]] = {
     "road": ["road", "road(variant=2)", "road(variant=4)"],
     "ether": ["ether", "ether(blocks=2, side='output')"],
     "etherplus": ["etherplus", "etherplus(blocks=2, side='input')"],
+    "galore": ["galore(r=2, every=2)"],
     "glora": ["glora(r=2)", "glora(A='vector', B='constant', C='vector', D='constant', E='none')"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "normtuning": ["normtuning", "normtuning(statistics='adapted')"],

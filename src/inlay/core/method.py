@@ -117,6 +117,10 @@ class Method(nn.Module, ABC):
         """What happens between optimizer steps; `progress` runs from 0 to 1, the optimizer is for who needs it."""
         return
 
+    def optimised(self, name: str) -> dict[str, Any]:
+        """How its own trained tensor `name` is optimised: entries of its group, see `inlay.optim.AdamW`."""
+        return {}
+
     def stored(self) -> dict[str, Tensor]:
         """The tensors a saved adapter holds for this site: parameters and states, unless a method folds them."""
         return dict(self.named_parameters()) | self.states()

@@ -1,5 +1,6 @@
 """The catalogue: one file per method, one package per site. Importing this package registers all of them."""
 
+from inlay.methods.gradient.galore import GaLore
 from inlay.methods.hidden.direft import DiReFT
 from inlay.methods.hidden.houlsby import Houlsby
 from inlay.methods.hidden.kronab import KronAB
@@ -43,7 +44,7 @@ from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
     "BOFT", "ETHER", "IA3", "NOLA", "OFT", "SSF", "SVFT", "AdaLoRA", "BitFit", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA",
-    "DyLoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby", "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe",
-    "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAXS", "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA",
-    "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB", "LinAdapter",
+    "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAXS", "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer",
+    "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip

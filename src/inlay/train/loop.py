@@ -270,7 +270,7 @@ class Run:
             with self.work.computing():
                 return self.model(**batch).loss
 
-        found = step_memory(forward, self.model, batch)
+        found = step_memory(forward, self.model, batch, self.optimizer)
         load_into(self.own, before)  # methods that count what they see start afresh
         return found
 
