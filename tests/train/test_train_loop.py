@@ -275,6 +275,24 @@ def test_lora_plus_raises_the_rate_of_b() -> None:
         rates(other, adapt(other, "bitfit", ["first"], head=["second"]), lora_plus=16.0)
 
 
+def test_steps_within_the_backward_pass_need_whole_gradients_nowhere(recipe: Make) -> None:
+    with pytest.raises(OptionError, match="clip: null"):
+        train(recipe(method="galore(per_layer=true)", clip=1.0))
+    with pytest.raises(OptionError, match="accumulate: 1"):
+        train(recipe(method="galore(per_layer=true)", clip=None, accumulate=2))
+
+
+def test_the_measured_peak_counts_what_the_optimizer_keeps(recipe: Make, tmp_path: Path) -> None:
+    """GaLore's state is smaller than AdamW's by the closed form, and per layer there are no gradients beside it."""
+    peaks = {}
+    for i, method in enumerate(("galore(r=16)", "galore(r=1)", "galore(r=1, per_layer=true)")):
+        done = train(recipe(method=method, clip=None, steps=1, batch=1, output=str(tmp_path / str(i))))
+        peaks[method] = done.peak_memory_bytes
+    whole, low = 2 * (4 * 16 * 16 + 2 * 16 * 32), 4 * (2 * 16 + 16) + 2 * (2 * 32 + 16)
+    assert peaks["galore(r=16)"] - peaks["galore(r=1)"] == 4 * 2 * (whole - low)
+    assert peaks["galore(r=1, per_layer=true)"] < peaks["galore(r=1)"]
+
+
 def test_schedules() -> None:
     linear = [factor("linear", 0.2, s, 10) for s in range(10)]
     assert linear[:3] == [0.5, 1.0, 1.0]

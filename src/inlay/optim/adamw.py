@@ -113,6 +113,11 @@ class AdamW(Optimizer):
         return self.state[p]
 
     # ------------------------------------------------------------------ steps within the backward pass
+    @property
+    def per_layer(self) -> bool:
+        """Whether some tensors are stepped within the backward pass."""
+        return any(group["per_layer"] for group in self.param_groups)
+
     @torch.no_grad()
     def early(self, p: Tensor) -> None:
         """Step one tensor now that its gradient is there, and free the gradient."""

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from inlay.core.adapter import penalty, step
+from inlay.core.adapter import active_methods, penalty, step
+from inlay.core.errors import AdapterError
+from inlay.optim import AdamW
+from inlay.train.groups import check_per_layer
 
 
 class MethodCallback(TrainerCallback):
     """Drives methods that act on the run itself (AdaLoRA, DyLoRA, …) inside `transformers.Trainer`.
 
     `Trainer(…, callbacks=[MethodCallback()])`. The gradient of the methods' penalty is added once per optimizer step,
-    after clipping; `inlay.step` is called after each, with the share of the run that is done.
+    after clipping; `inlay.step` is called after each, with the share of the run that is done. Where methods say how
+    their tensors are optimised (GaLore), training begins only with the optimizer that listens,
+    `Trainer(…, optimizers=(inlay.optimizer(adapter), None))`.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = kwargs["optimizer"]
+        if isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        if isinstance(optimizer, AdamW):
+            if optimizer.per_layer:
+                wanted = "gradient_accumulation_steps=1", "max_grad_norm=0"
+                check_per_layer(args.gradient_accumulation_steps, args.max_grad_norm, wanted)
+            return
+        for method in active_methods(kwargs["model"]):
+            if any(method.optimised(name) for name, _ in method.named_parameters(recurse=False)):
+                raise AdapterError(
+                    f"{method.label()} says how its tensors are optimised, and {type(optimizer).__name__} does not "
+                    "listen: give Trainer optimizers=(inlay.optimizer(adapter), None)"
+                )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

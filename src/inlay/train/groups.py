@@ -7,6 +7,7 @@ import math
 import torch
 
 from inlay.core.adapter import Adapter
+from inlay.core.errors import OptionError
 from inlay.core.method import Method
 from inlay.optim.adamw import AdamW
 from inlay.optim.groups import head_rate, optimizer
@@ -15,10 +16,22 @@ from inlay.recipe import Recipe, Settings
 
 def optimiser(adapter: Adapter, recipe: Settings) -> AdamW:
     """`inlay.optimizer` with a recipe's settings."""
-    return optimizer(
+    made = optimizer(
         adapter, recipe.learning_rate, head_learning_rate=recipe.head_learning_rate, weight_decay=recipe.weight_decay,
         lora_plus=recipe.lora_plus,
     )  # fmt: skip
+    if made.per_layer:
+        check_per_layer(recipe.accumulate, recipe.clip, ("accumulate: 1", "clip: null"))
+    return made
+
+
+def check_per_layer(accumulate: int, clip: float | None, wanted: tuple[str, str]) -> None:
+    """OptionError where gradients that are used up within the backward pass would be needed after it."""
+    said = "per_layer steps a tensor within the backward pass and frees its gradient"
+    if accumulate > 1:
+        raise OptionError(f"{said}, so none can be accumulated: {wanted[0]}, or leave per_layer off")
+    if clip:
+        raise OptionError(f"{said}, so their common norm cannot be clipped: {wanted[1]}, or leave per_layer off")
 
 
 def rates(recipe: Recipe) -> tuple[float | dict[str, float], float]:
