@@ -15,7 +15,7 @@ from inlay.core.errors import AdapterError, OptionError
 from inlay.methods import BitFit, Full, GaLore, LoRA
 from inlay.optim import AdamW
 from inlay.optim.subspace import basis
-from inlay.train.measure import Watch, storages
+from inlay.train.measure import Watch, step_memory, storages
 
 STEPS = 25
 
@@ -259,6 +259,19 @@ def test_no_two_gradients_of_matrices_live_at_once() -> None:
         )
     train(model, optimizer, 2)
     assert seen == [0] * 6, "the optimizer's hook comes first"
+
+
+def test_the_peak_of_a_step_holds_one_gradient() -> None:
+    """Eight matrices whose gradients outweigh the activations: AdamW, GaLore, GaLore per layer."""
+    peaks = []
+    for method in (Full(), GaLore(r=2), GaLore(r=2, per_layer=True)):
+        model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+        adapter = inlay.adapt(model, method, ("re:.*",))
+        x = torch.randn(2, 64)
+        peaks.append(step_memory(lambda x=x, m=model: m(x).sum(), model, {"x": x}, inlay.optimizer(adapter))[1])
+    matrix, low = 4 * 64 * 64, 4 * 2 * 3 * 64
+    assert peaks[0] - peaks[1] == 8 * (2 * matrix - low)
+    assert 6 * matrix < peaks[1] - peaks[2] <= 7 * matrix
 
 
 def test_accumulation_is_refused_where_it_happens() -> None:

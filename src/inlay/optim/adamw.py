@@ -53,7 +53,7 @@ class AdamW(Optimizer):
                 p.register_post_accumulate_grad_hook(early)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every tensor that has a gradient; one without is left alone, and so are its moments."""
         loss = None
         if closure is not None:
