@@ -11,6 +11,7 @@ from torch import nn
 
 import inlay
 from inlay.core.adapter import Adapter
+from inlay.core.companion import Companion
 from inlay.core.method import (
     REGISTRY,
     HiddenMethod,
@@ -21,6 +22,7 @@ from inlay.core.method import (
     method_class,
     method_from,
 )
+from inlay.methods import LoRA
 from laws.benches import Bench, benches
 
 SETTINGS: dict[str, list[str]] = {
@@ -93,6 +95,8 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
         return bench.hidden or None
     if isinstance(method, TokenMethod):
         return () if bench.tokens else None
+    if isinstance(method, Companion):
+        return () if bench.name in ("bert", "classifier") else None
     return () if bench.name == "classifier" else None
 
 
@@ -115,10 +119,14 @@ class Case:
         return self.bench.feed(self.dtype)
 
     def attach(self, model: nn.Module, name: str = "default", seed: int = 0) -> Adapter:
-        """The method on this bench; trained tensors in float32, or in float64 on a float64 base."""
+        """The method on this bench; trained tensors in float32, or in float64 on a float64 base.
+
+        One that governs others stands beside LoRA.
+        """
         where = places(self.method, self.bench) or None
         wide = torch.promote_types(self.dtype, torch.float32)
-        return inlay.adapt(model, self.method, where, name=name, dtype=wide, seed=seed)
+        methods = [LoRA(r=2), self.method] if isinstance(self.method, Companion) else self.method
+        return inlay.adapt(model, methods, where, name=name, dtype=wide, seed=seed)
 
 
 @cache

@@ -13,6 +13,7 @@ from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
 from inlay.methods.schedule.dylora import DyLoRA
+from inlay.methods.schedule.ist import IST
 from inlay.methods.schedule.relora import ReLoRA
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
@@ -43,8 +44,8 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "IA3", "NOLA", "OFT", "SSF", "SVFT", "AdaLoRA", "BitFit", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA",
-    "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB", "LinAdapter",
+    "BOFT", "ETHER", "IA3", "IST", "NOLA", "OFT", "SSF", "SVFT", "AdaLoRA", "BitFit", "DeltaLoRA", "DiReFT", "DiaBlo",
+    "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB", "LinAdapter",
     "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAXS", "LoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer",
     "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip

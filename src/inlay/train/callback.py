@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from inlay.core.adapter import active_methods, penalty, step
@@ -20,12 +23,29 @@ class MethodCallback(TrainerCallback):
     `Trainer(…, callbacks=[MethodCallback()])`. The gradient of the methods' penalty is added once per optimizer step,
     after clipping; `inlay.step` is called after each, with the share of the run that is done. Where methods say how
     their tensors are optimised (GaLore), training begins only with the optimizer that listens,
-    `Trainer(…, optimizers=(inlay.optimizer(adapter), None))`.
+    `Trainer(…, optimizers=(inlay.optimizer(adapter), None))`. Methods that compare losses (IST) are given that of the
+    last batch, as the model itself computes it from its labels.
     """
+
+    def __init__(self) -> None:
+        self.batch: tuple[tuple, dict[str, Any]] | None = None
+        self.watching: RemovableHandle | None = None
+
+    def remember(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep the batch of a training forward."""
+        if model.training and torch.is_grad_enabled():
+            self.batch = args, kwargs
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The loss of the last batch, computed again."""
+        assert self.batch is not None
+        args, kwargs = self.batch
+        return model(*args, **kwargs)["loss"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.watching = kwargs["model"].register_forward_pre_hook(self.remember, with_kwargs=True)
         optimizer = kwargs["optimizer"]
         if isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
@@ -51,4 +71,12 @@ class MethodCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step(kwargs["model"], (state.global_step + 1) / state.max_steps, kwargs["optimizer"])
+        model = kwargs["model"]
+        step(model, (state.global_step + 1) / state.max_steps, kwargs["optimizer"], partial(self.loss, model))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.watching is not None:
+            self.watching.remove()
+        self.batch = self.watching = None

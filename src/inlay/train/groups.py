@@ -7,6 +7,7 @@ import math
 import torch
 
 from inlay.core.adapter import Adapter
+from inlay.core.companion import Companion
 from inlay.core.errors import OptionError
 from inlay.core.method import Method
 from inlay.optim.adamw import AdamW
@@ -37,7 +38,7 @@ def check_per_layer(accumulate: int, clip: float | None, wanted: tuple[str, str]
 def rates(recipe: Recipe) -> tuple[float | dict[str, float], float]:
     """(peak rate, by method where they differ; that of the head) that a recipe comes to."""
     parts = [m for method in recipe.methods() for m in method.modules() if isinstance(m, Method)]
-    own = {type(m).__name__: m.learning_rate for m in parts}
+    own = {type(m).__name__: m.learning_rate for m in parts if not isinstance(m, Companion)}
     rate = recipe.learning_rate if recipe.learning_rate is not None else own
     if isinstance(rate, dict) and len(set(rate.values())) == 1:
         rate = next(iter(rate.values()))

@@ -199,7 +199,10 @@ class Run:
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), recipe.clip)
         self.optimizer.step()
-        core.step(model, (number + 1) / self.total, self.optimizer)
+        core.step(
+            model, (number + 1) / self.total, self.optimizer,
+            lambda: self.source.forward(batches[0]).loss / self.unit**2,
+        )  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         return loss, rate
 
