@@ -70,8 +70,9 @@ def die_in(name: str, after: int) -> Callable[..., Any]:
 
 
 METHODS = ["lora(r=2, dropout=0.1)", "full", ["lora(r=2)", "bitfit"], "adalora(r=4, target=2)", "dylora(frozen=true)",
-           "relora(restarts=2, warmup=3)", "deltalora", ["galore(r=2, every=3)", "bitfit"]]  # fmt: skip
-NAMES = ["lora", "full", "two", "adalora", "dylora", "relora", "deltalora", "galore"]
+           "relora(restarts=2, warmup=3)", "deltalora", ["galore(r=2, every=3)", "bitfit"],
+           ["lora(r=2, dropout=0.1)", "bitfit", "ist(every=3, share=0.5)"]]  # fmt: skip
+NAMES = ["lora", "full", "two", "adalora", "dylora", "relora", "deltalora", "galore", "ist"]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
