@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import inlay
 from inlay.core.errors import InlayError
-from inlay.methods import AdaLoRA, BitFit, DeltaLoRA, DyLoRA, GaLore, LoRA, ReLoRA
+from inlay.methods import IST, AdaLoRA, BitFit, DeltaLoRA, DyLoRA, GaLore, LoRA, ReLoRA
 from inlay.train.callback import MethodCallback
 
 STEPS = 6
@@ -28,6 +28,20 @@ class Net(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         y = self.down(torch.tanh(self.up(x)))
         return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+class Deep(nn.Module):
+    """Blocks, for a method that chooses among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return {"loss": (x - labels).square().mean(), "logits": x}
 
 
 def examples() -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
@@ -76,6 +90,40 @@ def test_galore_as_in_a_plain_loop(tmp_path: Path, early: bool) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same(model, again)
     assert not same(model, adapted(method)[0])
+
+
+def test_ist_as_in_a_plain_loop(tmp_path: Path) -> None:
+    """The callback gives the losses that IST compares; what is drawn and weighed survives a checkpoint."""
+    method = [LoRA(r=2), IST(every=2, share=0.4)]
+    models = [Deep() for _ in range(4)]
+    adapters = [inlay.adapt(model, method, ("all-linear",)) for model in models]
+    plain, trained, again, untrained = models
+    optimizer, batch = inlay.optimizer(adapters[0], 0.02), examples()[1]
+    plain.train()
+    for k in range(STEPS):
+        plain(**batch)["loss"].backward()
+        optimizer.step()
+        inlay.step(plain, (k + 1) / STEPS, optimizer, lambda: plain(**batch)["loss"])
+        optimizer.zero_grad()
+    trainer(trained, tmp_path, inlay.optimizer(adapters[1], 0.02), save_steps=3, **LEVEL).train()
+    resumed = trainer(again, tmp_path, inlay.optimizer(adapters[2], 0.02), save_strategy="no", **LEVEL)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    importance = [model.inlay.adapters["default"]["ist"].importance for model in models]
+    assert importance[1] == pytest.approx(importance[0], rel=1e-4)
+    assert importance[1] == importance[2] != importance[3]
+    torch.testing.assert_close(list(trained.parameters()), list(plain.parameters()), rtol=1e-5, atol=1e-7)
+    assert same(trained, again)
+    assert not same(trained, untrained)
+    assert len(trained._forward_pre_hooks) == len(plain._forward_pre_hooks), "the callback leaves nothing behind"
+
+
+def test_trainers_own_optimizer_has_all_that_ist_may_draw(tmp_path: Path) -> None:
+    """Trainer takes the tensors that ask for gradients when it begins: IST must not have silenced any by then."""
+    model = Deep()
+    adapter = inlay.adapt(model, [LoRA(r=2), IST()], ("all-linear",))
+    seen = trainer(model, tmp_path, save_strategy="no", learning_rate=0.02, **LEVEL)
+    seen.train()
+    assert sum(len(g["params"]) for g in seen.optimizer.param_groups) == len(list(adapter.parameters()))
 
 
 def test_rates_of_methods_in_trainer(tmp_path: Path) -> None:
