@@ -28,8 +28,11 @@ from laws.benches import Bench, benches
 SETTINGS: dict[str, list[str]] = {
     "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
     "lorafa": ["lorafa(r=3, alpha=6)", "lorafa(r=2, corrected=true)"],
-    "loha": ["loha(r=2, alpha=3)", "loha(r=2, tucker=true)"],
-    "lokr": ["lokr(r=1, alpha=2)", "lokr(r=1, factor=2, decompose_both=true, tucker=true, init='lycoris')"],
+    "loha": ["loha(r=2, alpha=3)", "loha(r=2, tucker=true, row_dropout=0.3)"],
+    "lokr": [
+        "lokr(r=1, alpha=2)",
+        "lokr(r=1, factor=2, decompose_both=true, tucker=true, init='lycoris', module_dropout=0.1)",
+    ],
     "krona": ["krona(scale=2)"],
     "pissa": ["pissa(r=2, alpha=3)"],
     "loraxs": ["loraxs(r=2, deviation=0)", "loraxs(r=3, deviation=0.01)"],

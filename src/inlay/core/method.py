@@ -274,11 +274,15 @@ class DeltaMethod(WeightMethod):
             raise SiteError(f"{self.label()} at '{self.site.path}': dropout acts on vectors, an embedding reads ids")
         return nn.functional.dropout(x, self.dropout)
 
+    def thin(self, delta: Matrix) -> Matrix:
+        """ΔW without what rests in this forward (dropout of rows or of the whole); all of it outside of training."""
+        return delta
+
     def weight(self, W: Tensor) -> Tensor:
-        return W + self.delta().dense().to(W.dtype)
+        return W + self.thin(self.delta()).dense().to(W.dtype)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.site.add(self.delta(), self.drop(x), y)
+        return self.site.add(self.thin(self.delta()), self.drop(x), y)
 
     def update(self) -> Matrix | None:
         return self.delta()
