@@ -64,7 +64,7 @@ def test_same_steps_everywhere(case: Case, reentrant: bool) -> None:
     same(train(recomputed(fresh(), reentrant), *feeds, rate=rate), train(fresh(), *feeds, rate=rate))
 
 
-@pytest.mark.parametrize("method", ["lora(r=2, dropout=0.4)", "houlsby(r=3)", "bitfit"])
+@pytest.mark.parametrize("method", ["lora(r=2, dropout=0.4)", "loha(r=2, row_dropout=0.4)", "houlsby(r=3)", "bitfit"])
 def test_around_a_part_of_any_model(method: str) -> None:
     """torch's own function around a block; with dropout, both runs draw the same."""
     again = Counted(use_reentrant=False)

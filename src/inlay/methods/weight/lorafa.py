@@ -29,27 +29,26 @@ class LoRAFA(Ranked):
         A = uniform((self.r, site.d_in), site.d_in**-0.5).to(site.dtype)
         self.register_buffer("A", A)
         self.B = nn.Parameter(torch.zeros(site.d_out, self.r, dtype=site.dtype))
-        if self.corrected:
-            near = torch.linalg.pinv(A @ A.T + 1e-8 * torch.eye(self.r, dtype=A.dtype)) / self.scale**2
-            self.register_buffer("correction", near, persistent=False)
 
     def count(self, site: Site) -> int:
         return self.r * site.d_out
 
     def delta(self) -> LowRank:
-        B = Corrected.apply(self.B, self.get_buffer("correction")) if self.corrected else self.B
-        return LowRank(B, self.get_buffer("A"), self.scale)
+        A = self.get_buffer("A")
+        return LowRank(Corrected.apply(self.B, A, self.scale) if self.corrected else self.B, A, self.scale)
 
 
 class Corrected(torch.autograd.Function):
-    """B itself, whose gradient is multiplied from the right."""
+    """B itself, whose gradient is multiplied by (A Aᵀ + 10⁻⁸ I)⁺ / s² from the right."""
 
     @staticmethod
-    def forward(ctx: Any, B: Tensor, correction: Tensor) -> Tensor:
-        ctx.save_for_backward(correction)
+    def forward(ctx: Any, B: Tensor, A: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(A)
+        ctx.scale = scale
         return B.view_as(B)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (correction,) = ctx.saved_tensors
-        return gradient @ correction, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        A = ctx.saved_tensors[0].to(torch.promote_types(gradient.dtype, torch.float32))
+        near = torch.linalg.pinv(A @ A.T + 1e-8 * torch.eye(len(A), dtype=A.dtype, device=A.device)) / ctx.scale**2
+        return (gradient.to(A.dtype) @ near).to(gradient.dtype), None, None
