@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from inlay.catalogue import describe
+from inlay.core.companion import Companion
 from inlay.core.method import REGISTRY, Method, method_class
 from inlay.core.options import Option, options
 from inlay.interop.peft import FAMILIES
@@ -39,7 +40,7 @@ model = BertForSequenceClassification(config)  # a small random one; any pretrai
 adapter = inlay.adapt(model, {call})
 print(adapter)
 
-optimizer = torch.optim.AdamW(adapter.parameters(), lr={rate:g})
+optimizer = inlay.optimizer(adapter)  # AdamW at the method's own rate
 ids, labels = torch.randint(100, (8, 16)), torch.randint(2, (8,))
 for k in range(3):
     loss = model(input_ids=ids, labels=labels).loss + inlay.penalty(model)
@@ -50,6 +51,7 @@ for k in range(3):
 adapter.save("adapter")
 """
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
+PROBE = "    inlay.step(model, (k + 1) / 3, optimizer, lambda: model(input_ids=ids, labels=labels).loss)\n"
 MERGED = "adapter.merge()  # the network is an ordinary one again; adapter.unmerge() takes it back\n"
 
 
@@ -65,7 +67,7 @@ def method_page(name: str, counts: Counts, row: dict[str, Cell]) -> str:
         ["default places", places],
         ["learning rate", f"{cls.learning_rate:g}"],
         ["merges", "yes" if cls.mergeable else "no"],
-        ["attaches to", ", ".join(taken) or "the task head alone"],
+        ["attaches to", ", ".join(taken) or ("other methods" if issubclass(cls, Companion) else "the task head alone")],
         ["PEFT counterpart", ", ".join(kind for kind, family in FAMILIES.items() if family.takes(cls())) or "none"],
     ]
     page = f"{HEADER}# {cls.__name__}\n\n> {cls.equation()}\n\n{table(['', ''], facts)}\n"
@@ -153,24 +155,27 @@ def first_option(cls: type[Method]) -> Option | None:
 
 def snippet(cls: type[Method]) -> str:
     o = first_option(cls)
-    imports = sorted({cls.__name__, *([type(o.default).__name__] if o and isinstance(o.default, Method) else [])})
+    imports = {cls.__name__, *([type(o.default).__name__] if o and isinstance(o.default, Method) else [])}
     call = f"{cls.__name__}({o.name}={shown(o.default)})" if o else f"{cls.__name__}()"
-    text = SNIPPET.format(imports=", ".join(imports), call=call, rate=cls.learning_rate,
-                          step=STEP if cls.step is not Method.step else "")  # fmt: skip
-    return text + (MERGED if cls.mergeable else "")
+    if issubclass(cls, Companion):
+        imports, call = imports | {"LoRA"}, f"[LoRA(), {call}]"
+    step = PROBE if cls.probe is not Method.probe else STEP if cls.step is not Method.step else ""
+    return SNIPPET.format(imports=", ".join(sorted(imports)), call=call, step=step) + (MERGED if cls.mergeable else "")
 
 
 def command_lines(cls: type[Method], counts: Counts) -> str:
     """Commands that are run where they are cheap."""
     o = first_option(cls)
-    chosen = ""
+    chosen, method = "", cls.name()
     if o is not None:
         value = o.default.name() if isinstance(o.default, Method) else str(o.default).lower()
         chosen = f" --set {o.name}={value}"
+    if issubclass(cls, Companion):
+        chosen, method = "", f'"[lora, {cls.name()}]"'
     arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
-    train = f"inlay train --model minilm --data trec --method {cls.name()}{chosen} --output runs/{cls.name()}"
+    train = f"inlay train --model minilm --data trec --method {method}{chosen} --output runs/{cls.name()}"
     return (
-        f"```bash\ninlay plan --arch {arch} --method {cls.name()}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"
+        f"```bash\ninlay plan --arch {arch} --method {method}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"
         f"<!-- not run: fetches a model and a data set -->\n```bash\n{train}\n```\n"
     )
 

@@ -222,7 +222,23 @@ def test_a_saved_adapter_is_what_was_trained(tmp_path: Any) -> None:
         assert torch.equal(fresh.eval()(**batch()).logits, model.eval()(**batch()).logits)
     fresh.train()(**batch()).loss.backward()
     assert all(p.grad is not None for p in loaded.parameters()), "and can be trained on as such"
+    assert "IST" not in repr(loaded)
     adapter.merge()
+
+
+def test_compiled() -> None:
+    """A compiled forward cannot ask for gradients anew; from the second step on they are those that were drawn."""
+    model, adapter, ist = adapted(LoRA(r=2), IST())
+    compiled, optimizer = torch.compile(model, backend="eager"), inlay.optimizer(adapter, 0.01)
+    owned = by_block(adapter)
+    for k in range(3):
+        drawn = ist.chosen()
+        compiled(**batch()).loss.backward()
+        with_gradients = {depth for depth, ps in owned.items() if depth is not None and ps[0].grad is not None}
+        assert with_gradients == (drawn if k else set(range(BLOCKS)))
+        optimizer.step()
+        inlay.step(model, (k + 1) / 3, optimizer)
+        optimizer.zero_grad()
 
 
 def test_decoder_and_encoder_blocks_are_told_apart() -> None:

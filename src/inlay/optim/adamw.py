@@ -122,6 +122,11 @@ class AdamW(Optimizer):
     def early(self, p: Tensor) -> None:
         """Step one tensor now that its gradient is there, and free the gradient."""
         if not self.dropping:
+            if several_processes():
+                raise AdapterError(
+                    "per_layer steps with this process's gradient alone, so processes that train together would drift "
+                    "apart: leave per_layer off"
+                )
             if id(p) in self.taken:
                 raise AdapterError(
                     "per_layer steps a tensor as soon as it has a gradient, so gradients cannot be accumulated over "
@@ -149,6 +154,15 @@ class AdamW(Optimizer):
             for group in self.param_groups
             for p in group["params"]
         )
+
+
+def several_processes() -> bool:
+    """Whether other processes take part in this training."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
 
 
 def hook(optimizer: weakref.ref[AdamW]) -> Callable[[Tensor], None]:

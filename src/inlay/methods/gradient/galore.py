@@ -19,13 +19,15 @@ class GaLore(ParameterMethod):
     to other methods, `[GaLore(), BitFit()]`, and so are embeddings and heads unless `where` names them.
 
     The projection is the optimizer's: use `inlay.optimizer(adapter)`, as `inlay train` does. As with `Full`, the
-    matrices are trained copies beside a base that stays as it was; what GaLore saves is the optimizer's state, and
-    with `per_layer` all gradients but one. Decay comes before the step, where the official code has it after.
+    matrices are trained copies beside a base that stays as it was, so the weights are held twice; what GaLore saves is
+    the optimizer's state (of the blocks of MiniLM: 2.2 MB at r = 8 where AdamW keeps 84.9 MB), and with `per_layer`
+    all gradients but one. Decay comes before the step, where the official code has it after.
     """
 
+    kind: ClassVar[str] = "gradient"
     paper: ClassVar[str] = "Zhao et al. 2024, arXiv 2403.03507"
     where: ClassVar[tuple[str, ...]] = ("block",)
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     r: int = option(default=8, doc="rank of the projected gradients", low=1)
     every: int = option(default=200, doc="steps between two projections", low=1)

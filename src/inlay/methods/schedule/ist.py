@@ -79,8 +79,12 @@ class IST(Companion):
         self.steps += 1
 
     def probe(self, loss: Callable[[], float] | None) -> None:
-        if self.steps % self.every:
-            return
+        if self.steps % self.every == 0:
+            self.compare(loss)
+        self.ready()  # a compiled forward does not ask
+
+    def compare(self, loss: Callable[[], float] | None) -> None:
+        """Soften one set of blocks after the other and move I by what that does to the loss."""
         if loss is None:
             raise AdapterError("IST compares losses: give inlay.step a function that computes one, loss=lambda: …")
         odds = [sigmoid(i) for i in self.importance]
