@@ -152,22 +152,22 @@ def skeleton(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
 
 
 def step_bytes(adapter: Adapter, config: Any, task: str, batch: int, length: int, checkpointing: bool) -> int:
-    """Largest number of live bytes during one training step with AdamW."""
+    """Largest number of live bytes during one training step, the second or a later one."""
     from inlay.train.measure import Watch
 
     model = adapter.model
     if checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
+    optimizer = adapter_optimizer(adapter)
+    for p in adapter.parameters():  # its state is there from the second step on
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
     live = Watch(set())
-    for t in (*model.parameters(), *model.buffers()):
+    for t in (*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())):
         live.add(t.untyped_storage())
     with live:
         inputs = example(config, task, batch, length)
-        optimizer = adapter_optimizer(adapter)
-        for p in adapter.parameters():  # moments are there from the second step on
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
         model(**inputs).loss.backward()
         optimizer.step()
     return live.peak

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import inlay
-from inlay.core.errors import AdapterError, SiteError
+from inlay.core.errors import AdapterError, OptionError, SiteError
 from inlay.methods import IST, AdaLoRA, BitFit, DoRA, LoRA, Pfeiffer, PromptTuning, VBLoRA
 
 BLOCKS = 8
@@ -194,6 +194,8 @@ def test_it_wants_methods_in_blocks() -> None:
     for methods in ([IST()], [PromptTuning(tokens=2), IST()]):
         with pytest.raises(SiteError, match=r"\[LoRA\(\), IST\(\)\]"):
             inlay.adapt(bert(), methods)
+    with pytest.raises(OptionError, match="no places of its own"):
+        inlay.adapt(bert(), [LoRA(r=2), IST().on("attn.q")])
     with pytest.raises(SiteError, match="one tensor for all"):
         inlay.adapt(bert(), [VBLoRA(r=2, vectors=4, length=4), IST()])
 

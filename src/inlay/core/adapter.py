@@ -70,6 +70,8 @@ def adapt(
     companions = [p.method for p in placements if isinstance(p.method, Companion)]
     for p in placements:
         if isinstance(p.method, Companion):
+            if p.where:
+                raise OptionError(f"{p.method.label()} governs the methods beside it and has no places of its own")
             continue
         if p.method.has_sites:
             plans.append((p, finder.sites(p.method, p.where or patterns or p.method.where or ("",), dtype)))

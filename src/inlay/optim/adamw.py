@@ -42,7 +42,7 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        own = {"rank": None, "every": 200, "scale": 1.0, "stacked": False, "per_layer": False}
+        own = {"rank": None, "every": 200, "scale": 1.0, "stacked": False, "per_layer": False, "fused": True}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | own)
         self.group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
         self.taken: set[int] = set()
@@ -78,9 +78,9 @@ class AdamW(Optimizer):
         exp_avg, exp_avg_sq, steps = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         scale, (beta1, beta2) = group["scale"], group["betas"]
         adamw(
-            params, [p.grad for p in params if p.grad is not None], exp_avg, exp_avg_sq, [], steps, fused=True,
-            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"] * scale, eps=group["eps"], maximize=False,
-            weight_decay=group["weight_decay"] / scale,
+            params, [p.grad for p in params if p.grad is not None], exp_avg, exp_avg_sq, [], steps, beta1=beta1,
+            beta2=beta2, lr=group["lr"] * scale, weight_decay=group["weight_decay"] / scale, eps=group["eps"],
+            fused=group["fused"], amsgrad=False, maximize=False,
         )  # fmt: skip
 
     def projected(self, group: dict[str, Any], p: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -45,21 +46,9 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        check_optimizer(args, kwargs["model"], kwargs["optimizer"])
+        self.forget()  # of a training that was interrupted
         self.watching = kwargs["model"].register_forward_pre_hook(self.remember, with_kwargs=True)
-        optimizer = kwargs["optimizer"]
-        if isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
-        if isinstance(optimizer, AdamW):
-            if optimizer.per_layer:
-                wanted = "gradient_accumulation_steps=1", "max_grad_norm=0"
-                check_per_layer(args.gradient_accumulation_steps, args.max_grad_norm, wanted)
-            return
-        for method in active_methods(kwargs["model"]):
-            if any(method.optimised(name) for name, _ in method.named_parameters(recurse=False)):
-                raise AdapterError(
-                    f"{method.label()} says how its tensors are optimised, and {type(optimizer).__name__} does not "
-                    "listen: give Trainer optimizers=(inlay.optimizer(adapter), None)"
-                )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,6 +66,26 @@ class MethodCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Look at no more batches, and let go of the last one."""
         if self.watching is not None:
             self.watching.remove()
         self.batch = self.watching = None
+
+
+def check_optimizer(args: TrainingArguments, model: nn.Module, optimizer: Optimizer) -> None:
+    """InlayError where Trainer cannot do what methods say about the optimisation of their tensors."""
+    if isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, AdamW):
+        for method in active_methods(model):
+            if any(method.optimised(name) for name, _ in method.named_parameters(recurse=False)):
+                raise AdapterError(
+                    f"{method.label()} says how its tensors are optimised, and {type(optimizer).__name__} does not "
+                    "listen: give Trainer optimizers=(inlay.optimizer(adapter), None)"
+                )
+    elif optimizer.per_layer:
+        wanted = "gradient_accumulation_steps=1", "max_grad_norm=0"
+        check_per_layer(args.gradient_accumulation_steps, args.max_grad_norm, wanted)
