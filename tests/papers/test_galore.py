@@ -15,6 +15,7 @@ from inlay.core.errors import AdapterError, OptionError
 from inlay.methods import BitFit, Full, GaLore, LoRA
 from inlay.optim import AdamW
 from inlay.optim.subspace import basis
+from inlay.plan import plan
 from inlay.train.measure import Watch, step_memory, storages
 
 STEPS = 25
@@ -237,6 +238,19 @@ def test_memory_of_minilm() -> None:
     assert found[384] == 2 * 4 * matrices == 84_934_656
     assert found[8] == 6 * 4 * 8 * (4 * 3 * 384 + 2 * (2 * 1536 + 384)) == 2_211_840
     assert found[128] == 16 * found[8]
+
+
+def test_the_plan_tells_them_apart() -> None:
+    """On shapes alone: the state of rank 8 against AdamW's, and one gradient instead of all."""
+    peaks = [
+        plan("roberta-base", method, batch=1, length=8, head=None).peak_training_bytes
+        for method in (GaLore(r=768), GaLore(r=8), GaLore(r=8, per_layer=True))
+    ]
+    assert all(peaks)
+    matrices = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
+    low = 12 * 8 * (4 * 3 * 768 + 2 * (2 * 3072 + 768))
+    assert peaks[0] - peaks[1] == pytest.approx(4 * (2 * matrices - low), rel=0.05)
+    assert peaks[1] - peaks[2] == pytest.approx(4 * matrices, rel=0.1)
 
 
 # ---------------------------------------------------------------------- per layer

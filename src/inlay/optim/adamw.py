@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 
 from inlay.core.errors import AdapterError
 from inlay.core.sharded import is_sharded
+from inlay.core.sites import hollow
 from inlay.optim.subspace import as_matrices, back, basis, into, state_numbers
 
 
@@ -89,12 +90,13 @@ class AdamW(Optimizer):
         if is_sharded(p):
             raise AdapterError("a projected step needs whole matrices: FSDP2 spreads them, use DDP")
         G, state, (beta1, beta2) = as_matrices(p.grad, group["stacked"]), self.state[p], group["betas"]
-        done = int(state["step"]) if state else 0
+        fresh = not state
+        done = 0 if fresh or hollow(state["step"]) else int(state["step"])  # a plan has no numbers to count with
         if done % group["every"] == 0:
             state["basis"] = basis(G, group["rank"])
         P = state["basis"]
         R = into(G, P)
-        if not done:
+        if fresh:
             self.begin(p, R, torch.device("cpu"))
         state["step"] += 1
         m, v = state["exp_avg"].lerp_(R, 1 - beta1), state["exp_avg_sq"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
