@@ -31,7 +31,7 @@ SETTINGS: dict[str, list[str]] = {
     "loha": ["loha(r=2, alpha=3)", "loha(r=2, tucker=true, row_dropout=0.3)"],
     "lokr": [
         "lokr(r=1, alpha=2)",
-        "lokr(r=1, factor=2, decompose_both=true, tucker=true, init='lycoris', module_dropout=0.1)",
+        "lokr(r=1, factor=2, decompose_both=true, tucker=true, init='lycoris', module_dropout=0.01)",
     ],
     "krona": ["krona(scale=2)"],
     "pissa": ["pissa(r=2, alpha=3)"],

@@ -25,7 +25,8 @@ class IST(Companion):
     quarter of the blocks is drawn without replacement; the tensors of the others get no gradient, so the optimizer
     leaves them and their moments alone. Every ten steps three sets of half the blocks are drawn ∝ σ(I), each set acts
     at a quarter of its strength in one more forward, and R = exp(−loss) less its mean over the three sets says
-    whether that did harm: a block which was missed is trained more often from then on. I starts at zero.
+    whether that did harm: a block which was missed is trained more often from then on. I starts at zero. A block takes
+    part in a quarter of the steps, so a short run wants more of them, or a higher rate.
 
     The losses come from `inlay.step(model, progress, optimizer, loss=…)`, on the batch at hand, where the official code
     draws other rows. What lies in no block (a head, prompts) is always trained. Under DDP:
