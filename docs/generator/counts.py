@@ -9,6 +9,7 @@ import torch
 import inlay
 from inlay.architectures import configuration
 from inlay.core.adapter import find_head
+from inlay.core.companion import Companion
 from inlay.core.errors import InlayError
 from inlay.core.method import method_from
 from inlay.core.where import Finder
@@ -42,15 +43,16 @@ def counts(arch: str, methods: list[str]) -> dict[str, Count]:
 
 def count(model: torch.nn.Module, text: str) -> Count:
     """On the model, or on one whose layers are stored as the method needs them, which is then no longer as it was."""
+    governs = isinstance(method_from(text), Companion)  # trains nothing of its own
     try:
         if method_from(text).needs:
             quantise(model, method_from(text).needs, find_head(Finder(model)))
-        adapter = inlay.adapt(model, text)
+        adapter = inlay.adapt(model, ["lora", text] if governs else text)
     except InlayError as error:
         return Count(refused=str(error).replace(method_from(text).label(), "the method"))
     found = Count(
-        sum(not level.head for level in adapter.levels),
-        adapter.adapter_parameters, adapter.head_parameters, adapter.base_parameters,
+        0 if governs else sum(not level.head for level in adapter.levels),
+        0 if governs else adapter.adapter_parameters, adapter.head_parameters, adapter.base_parameters,
     )  # fmt: skip
     inlay.detach(model)
     return found

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from inlay.catalogue import describe
+from inlay.core.companion import Companion
 from inlay.core.method import REGISTRY, AttentionMethod, Method, method_class
 from inlay.core.options import Option, options
 from inlay.core.statistics import Calibrated
@@ -40,7 +41,7 @@ model = BertForSequenceClassification(config)  # a small random one; any pretrai
 {stored}adapter = inlay.adapt(model, {call})
 print(adapter)
 
-optimizer = torch.optim.AdamW(adapter.parameters(), lr={rate:g})
+optimizer = inlay.optimizer(adapter)  # AdamW at the method's own rate
 ids, labels = torch.randint(100, (8, 16)), torch.randint(2, (8,))
 {start}for k in range(3):
     loss = model(input_ids=ids, labels=labels).loss + inlay.penalty(model)
@@ -63,7 +64,7 @@ model = LlamaForCausalLM(config)  # a small random one; any pretrained model goe
 adapter = inlay.adapt(model, {call})
 print(adapter)
 
-optimizer = torch.optim.AdamW(adapter.parameters(), lr={rate:g})
+optimizer = inlay.optimizer(adapter)  # AdamW at the method's own rate
 ids = torch.randint(100, (2, 64))
 model.train()
 for k in range(3):
@@ -77,6 +78,7 @@ adapter.save("adapter")
 """The same for methods that are for decoders alone."""
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
 STORED = 'quantise(model, "{kind}", head=["classifier"])\n'
+PROBE = "    inlay.step(model, (k + 1) / 3, optimizer, lambda: model(input_ids=ids, labels=labels).loss)\n"
 MERGED = "adapter.merge()  # the network is an ordinary one again; adapter.unmerge() takes it back\n"
 
 
@@ -92,7 +94,7 @@ def method_page(name: str, counts: Counts, row: dict[str, Cell]) -> str:
         ["default places", places],
         ["learning rate", f"{cls.learning_rate:g}"],
         ["merges", "yes" if cls.mergeable else "no"],
-        ["attaches to", ", ".join(taken) or "the task head alone"],
+        ["attaches to", ", ".join(taken) or ("other methods" if issubclass(cls, Companion) else "the task head alone")],
         ["PEFT counterpart", ", ".join(kind for kind, family in FAMILIES.items() if family.takes(cls())) or "none"],
     ]
     page = f"{HEADER}# {cls.__name__}\n\n> {cls.equation()}\n\n{table(['', ''], facts)}\n"
@@ -182,12 +184,14 @@ def first_option(cls: type[Method]) -> Option | None:
 
 def snippet(cls: type[Method]) -> str:
     o = first_option(cls)
-    imports = sorted({cls.__name__, *([type(o.default).__name__] if o and isinstance(o.default, Method) else [])})
+    imports = {cls.__name__, *([type(o.default).__name__] if o and isinstance(o.default, Method) else [])}
     call = f"{cls.__name__}({o.name}={shown(o.default)})" if o else f"{cls.__name__}()"
+    if issubclass(cls, Companion):
+        imports, call = imports | {"LoRA"}, f"[LoRA(), {call}]"
+    step = PROBE if cls.probe is not Method.probe else STEP if cls.step is not Method.step else ""
     text = DECODER if issubclass(cls, AttentionMethod) else SNIPPET
-    text = text.format(imports=", ".join(imports), call=call, rate=cls.learning_rate,
+    text = text.format(imports=", ".join(sorted(imports)), call=call, step=step,
                        start=START if issubclass(cls, Calibrated) else "",
-                       step=STEP if cls.step is not Method.step else "",
                        quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
                        stored=STORED.format(kind=cls.needs) if cls.needs else "")  # fmt: skip
     return text + (MERGED if cls.mergeable else "")
@@ -196,16 +200,18 @@ def snippet(cls: type[Method]) -> str:
 def command_lines(cls: type[Method], counts: Counts) -> str:
     """Commands that are run where they are cheap."""
     o = first_option(cls)
-    chosen = ""
+    chosen, method = "", cls.name()
     if o is not None:
         value = o.default.name() if isinstance(o.default, Method) else str(o.default).lower()
         chosen = f" --set {o.name}={value}"
+    if issubclass(cls, Companion):
+        chosen, method = "", f'"[lora, {cls.name()}]"'
     arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
     chosen += f" --quantize {cls.needs}" if cls.needs else ""
     what = "smollm2-135m-instruct --data gutenberg" if issubclass(cls, AttentionMethod) else "minilm --data trec"
-    train = f"inlay train --model {what} --method {cls.name()}{chosen} --output runs/{cls.name()}"
+    train = f"inlay train --model {what} --method {method}{chosen} --output runs/{cls.name()}"
     return (
-        f"```bash\ninlay plan --arch {arch} --method {cls.name()}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"
+        f"```bash\ninlay plan --arch {arch} --method {method}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"
         f"<!-- not run: fetches a model and a data set -->\n```bash\n{train}\n```\n"
     )
 

@@ -6,10 +6,11 @@ from inlay.core.checkpoint import load, save
 from inlay.core.merge import merge, unmerge
 from inlay.interop import export_peft
 from inlay.models.loftq import loftq, loftq_base
+from inlay.optim import optimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter", "adapt", "calibrate", "delete", "detach", "disabled", "export_peft", "load", "loftq", "loftq_base",
-    "merge", "penalty", "route", "save", "step", "unmerge", "use",
+    "merge", "optimizer", "penalty", "route", "save", "step", "unmerge", "use",
 ]  # fmt: skip

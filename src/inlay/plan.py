@@ -24,6 +24,7 @@ from inlay.core.errors import OptionError
 from inlay.core.files import canonical
 from inlay.core.where import Finder
 from inlay.models.quantise import quantise
+from inlay.optim import optimizer as adapter_optimizer
 
 ABOUT_BYTES = 3000
 """What a description says besides its sites: recipe, task, metrics, digests; about 3 kB as `train` writes it."""
@@ -117,7 +118,7 @@ def plan(
         base = adapter.base_parameters
         label = " + ".join(p.method.label() for p in adapter.placements)
         written = file_bytes(adapter)
-        peak = step_bytes(model, config, task, batch, length, gradient_checkpointing) if memory else None
+        peak = step_bytes(adapter, config, task, batch, length, gradient_checkpointing) if memory else None
     return Plan(
         arch=arch, method=label, sites=sites, adapter_parameters=count, head_parameters=in_head, base_parameters=base,
         share=100 * count / base, adapter_bytes=nbytes - head_bytes, head_bytes=head_bytes, file_bytes=written,
@@ -157,19 +158,23 @@ def skeleton(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def step_bytes(model: nn.Module, config: Any, task: str, batch: int, length: int, checkpointing: bool) -> int:
-    """Largest number of live bytes during one training step with AdamW."""
+def step_bytes(adapter: Adapter, config: Any, task: str, batch: int, length: int, checkpointing: bool) -> int:
+    """Largest number of live bytes during one training step, the second or a later one."""
     from inlay.train.measure import Watch
 
+    model = adapter.model
     if checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
+    optimizer = adapter_optimizer(adapter)
+    for p in adapter.parameters():  # its state is there from the second step on
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
     live = Watch(set())
-    for t in (*model.parameters(), *model.buffers()):
+    for t in (*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())):
         live.add(t.untyped_storage())
     with live:
         inputs = example(config, task, batch, length)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, foreach=False)
         model(**inputs).loss.backward()
         optimizer.step()
     return live.peak

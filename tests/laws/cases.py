@@ -11,6 +11,7 @@ from torch import nn
 
 import inlay
 from inlay.core.adapter import Adapter
+from inlay.core.companion import Companion
 from inlay.core.method import (
     REGISTRY,
     AttentionMethod,
@@ -22,13 +23,17 @@ from inlay.core.method import (
     method_class,
     method_from,
 )
+from inlay.methods import LoRA
 from laws.benches import Bench, benches
 
 SETTINGS: dict[str, list[str]] = {
     "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
     "lorafa": ["lorafa(r=3, alpha=6)", "lorafa(r=2, corrected=true)"],
-    "loha": ["loha(r=2, alpha=3)", "loha(r=2, tucker=true)"],
-    "lokr": ["lokr(r=1, alpha=2)", "lokr(r=1, factor=2, decompose_both=true, tucker=true, init='lycoris')"],
+    "loha": ["loha(r=2, alpha=3)", "loha(r=2, tucker=true, row_dropout=0.3)"],
+    "lokr": [
+        "lokr(r=1, alpha=2)",
+        "lokr(r=1, factor=2, decompose_both=true, tucker=true, init='lycoris', module_dropout=0.01)",
+    ],
     "krona": ["krona(scale=2)"],
     "pissa": ["pissa(r=2, alpha=3)"],
     "loraxs": ["loraxs(r=2, deviation=0)", "loraxs(r=3, deviation=0.01)"],
@@ -65,6 +70,7 @@ SETTINGS: dict[str, list[str]] = {
     "road": ["road", "road(variant=2)", "road(variant=4)"],
     "ether": ["ether", "ether(blocks=2, side='output')"],
     "etherplus": ["etherplus", "etherplus(blocks=2, side='input')"],
+    "galore": ["galore(r=2, every=2)"],
     "glora": ["glora(r=2)", "glora(A='vector', B='constant', C='vector', D='constant', E='none')"],
     "peqa": ["peqa"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
@@ -100,6 +106,8 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
         return bench.hidden or None
     if isinstance(method, TokenMethod | AttentionMethod):
         return () if bench.tokens else None
+    if isinstance(method, Companion):
+        return () if bench.name in ("bert", "classifier") else None
     return () if bench.name == "classifier" else None
 
 
@@ -122,10 +130,14 @@ class Case:
         return self.bench.feed(self.dtype)
 
     def attach(self, model: nn.Module, name: str = "default", seed: int = 0) -> Adapter:
-        """The method on this bench; trained tensors in float32, or in float64 on a float64 base."""
+        """The method on this bench; trained tensors in float32, or in float64 on a float64 base.
+
+        One that governs others stands beside LoRA.
+        """
         where = places(self.method, self.bench) or None
         wide = torch.promote_types(self.dtype, torch.float32)
-        return inlay.adapt(model, self.method, where, name=name, dtype=wide, seed=seed)
+        methods = [LoRA(r=2), self.method] if isinstance(self.method, Companion) else self.method
+        return inlay.adapt(model, methods, where, name=name, dtype=wide, seed=seed)
 
 
 @cache

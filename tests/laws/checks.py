@@ -410,8 +410,8 @@ def train(case: Case, rate: float, steps: int = 6) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         for n, p in named.items():
-            assert p.grad is not None, f"{n} has no gradient"
-            touched[n] |= bool(p.grad.ne(0).any())
+            assert p.grad is not None or not p.requires_grad, f"{n} has no gradient"
+            touched[n] |= p.grad is not None and bool(p.grad.ne(0).any())
         optimizer.step()
         inlay.step(model, len(losses) / steps, optimizer)
     dead = [n for n, alive in touched.items() if not alive]

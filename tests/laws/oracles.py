@@ -412,6 +412,8 @@ HIDDEN: dict[str, Callable[[Given], Rule]] = {
 ELSEWHERE = {
     "loreft": "tests/hidden/test_reft.py", "direft": "tests/hidden/test_reft.py",
     "prompttuning": "tests/tokens/test_prompt.py", "prefixtuning": "tests/tokens/test_prefix.py",
-    "linearprobe": "has no equation but the head's", "bitfit": "copies", "full": "copies", "normtuning": "copies",
+    "linearprobe": "has no equation but the head's", "bitfit": "copies", "full": "copies",
+    "normtuning": "copies", "galore": "copies; its optimizer: tests/papers/test_galore.py",
+    "ist": "tests/papers/test_ist.py",
 }  # fmt: skip
 """Where the other methods' equations are checked."""

@@ -44,6 +44,7 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ("LongLoRA(stretch", {"gpt2-mlp", "gemma"}, "stretches rotary positions, and '.*' has none of a single kind"),
     ("PrefixTuning", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
     # a stored number of few bits cannot be trained
+    ("GaLore", PACKED, "which is quantised: leave it out with exclude="),
     ("Full", PACKED, "which is quantised: leave it out with exclude="),
 ]
 """Method (its name, or its label's beginning), benches, pattern of the reason."""

@@ -52,11 +52,11 @@ def test_new_process(tmp_path: Path) -> None:
     for name in BENCHES:
         bench = benches()[name]
         for i, method in enumerate(methods()):
-            where = places(method, bench)
-            if where is None or refusal(Case(method, bench)):
+            case = Case(method, bench)
+            if places(method, bench) is None or refusal(case):
                 continue
             model = model_of(bench)
-            adapter = inlay.adapt(model, method, where or None)
+            adapter = case.attach(model)
             stir(adapter)
             key = f"{name}--{i:02d}-{method.name()}"
             adapter.save(str(folders / key))

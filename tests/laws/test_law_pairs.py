@@ -93,8 +93,10 @@ def test_what_must_compose_and_what_must_not() -> None:
     readers = [n for n in NAMES if issubclass(REGISTRY[n], WeightMethod) and REGISTRY[n].reads_weight]
     matrices = [n for n in NAMES if issubclass(REGISTRY[n], WeightMethod)]
     expected = set(itertools.product(copies, copies))
-    expected |= {(a, b) for a in (*matrices, "full", "bitfit") for b in readers}  # a reader of W comes first
-    expected |= {(a, "full") for a in readers}  # and keeps the W it has read
+    for vectors in ("bitfit", "normtuning"):  # GaLore takes matrices
+        expected -= {("galore", vectors), (vectors, "galore")}
+    expected |= {(a, b) for a in (*matrices, "full", "galore", "bitfit") for b in readers}  # a reader of W comes first
+    expected |= {(a, b) for a in readers for b in ("full", "galore")}  # and keeps the W it has read
     assert refused == expected, (refused - expected, expected - refused)
 
 

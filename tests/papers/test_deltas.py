@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
 import peft
+import peft.optimizers
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -150,22 +152,53 @@ def test_peft_merges_to_the_same_weights(case: tuple) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(plain, config).eval()
+    give(adapter, theirs, read)
     with torch.no_grad():
-        for n, p in theirs.named_parameters():
-            if any(mark in n for mark in ("hada_", "lokr_", "vblora_", "lora_")):
-                p.add_(0.2 * torch.randn_like(p))
-        for level in adapter.levels:
-            layer = theirs.base_model.model[int(level.site.path)]
-            held = {n.partition(".")[0]: p for n, p in layer.named_parameters() if not n.startswith("base_layer")}
-            own = level.method.stored()
-            for name, t in read(held).items():
-                if name in own:
-                    own[name].data.copy_(t)
         torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=1e-4)
         merged = theirs.merge_and_unload()
         adapter.merge()
         for k in (0, 2):
             torch.testing.assert_close(ours[k].weight, merged[k].weight, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def give(adapter: inlay.Adapter, theirs: nn.Module, read: Read) -> None:
+    """Move PEFT's numbers away from their start, and let the adapter have the same."""
+    for n, p in theirs.named_parameters():
+        if any(mark in n for mark in ("hada_", "lokr_", "vblora_", "lora_")):
+            p.add_(0.2 * torch.randn_like(p))
+    for level in adapter.levels:
+        layer = theirs.base_model.model[int(level.site.path)]
+        held = {n.partition(".")[0]: p for n, p in layer.named_parameters() if not n.startswith("base_layer")}
+        own = level.method.stored()
+        for name, t in read(held).items():
+            if name in own:
+                own[name].data.copy_(t)
+
+
+ROWS: list[tuple[Method, peft.PeftConfig, Read]] = [
+    (LoHa(r=3, row_dropout=0.5), peft.LoHaConfig(r=3, rank_dropout=0.5, **AT), loha),
+    (LoKr(r=2, row_dropout=0.5), peft.LoKrConfig(r=2, rank_dropout=0.5, rank_dropout_scale=True, **AT), lokr),
+    (LoKr(r=2, row_dropout=0.5, rescale=False), peft.LoKrConfig(r=2, rank_dropout=0.5, **AT), lokr),
+]
+
+
+@pytest.mark.parametrize("case", ROWS, ids=["loha", "lokr", "lokr-unscaled"])
+def test_rows_rest_as_in_peft(case: tuple) -> None:
+    """The same draws leave the same rows out, at the same scale."""
+    method, config, read = case
+    torch.manual_seed(3)
+    ours = linear()
+    theirs = peft.get_peft_model(copy.deepcopy(ours), config).train()
+    give(inlay.adapt(ours, method, ("0", "2")), theirs, read)
+    layers = [theirs.base_model.model[k] for k in (0, 2)]
+    for mine, their in zip((ours.train()[0], ours[2]), layers, strict=True):
+        x = torch.randn(4, their.base_layer.in_features)
+        torch.manual_seed(7)
+        wanted = their(x)
+        torch.manual_seed(7)
+        torch.rand(1)  # by which peft finds that no module rests
+        torch.testing.assert_close(mine(x), wanted, atol=2e-5, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------- what the papers say
@@ -193,6 +226,52 @@ def test_ranks() -> None:
     assert rank_of(PiSSA(r=3)) == 6  # a LoRA of rank 2r
 
 
+# ---------------------------------------------------------------------- what rests in training
+def moved(method: Method) -> tuple[nn.Module, Tensor]:
+    """A linear layer with that method, and its ΔW."""
+    model, _, built = one(method)
+    with torch.no_grad():
+        for p in built.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model, built.delta().dense().detach()
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("cls", [LoHa, LoKr])
+def test_rows_rest_in_training(cls: type[LoHa | LoKr], rescale: bool) -> None:
+    """A row of ΔW is gone or whole; scaled up, so that the rows' mean weight is 1, unless that is switched off."""
+    model, D = moved(cls(r=2, row_dropout=0.4, rescale=rescale))
+    x, share = torch.eye(36), []
+    bias = model.eval()(torch.zeros(1, 36))
+    base = model(x) - bias - D.T
+    for seed in range(30):
+        torch.manual_seed(seed)
+        found = (model.train()(x) - bias - base).T.detach()
+        weight = (found / D).mean(1)
+        torch.testing.assert_close(found, weight[:, None] * D, atol=1e-4, rtol=1e-3)
+        rests = weight.abs() < 1e-3
+        share.append(rests.float().mean().item())
+        up = 1 / (1 - share[-1]) if rescale else 1.0
+        torch.testing.assert_close(weight[~rests], torch.full_like(weight[~rests], up), atol=1e-3, rtol=1e-3)
+    assert 0.3 < sum(share) / 30 < 0.5
+    assert torch.equal(model.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("cls", [LoHa, LoKr])
+def test_a_whole_update_rests_in_training(cls: type[LoHa | LoKr]) -> None:
+    model, D = moved(cls(r=2, module_dropout=0.3))
+    x = torch.randn(5, 36)
+    whole = model.eval()(x)
+    base, rests = whole - x @ D.T, 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        y = model.train()(x)
+        off = torch.allclose(y, base, atol=1e-5)
+        assert off or torch.allclose(y, whole, atol=1e-5)
+        rests += off
+    assert 40 < rests < 80
+
+
 def test_lorafa_keeps_a_and_projects_the_gradient() -> None:
     """A never moves. Corrected, a step along B's gradient moves W along G's projection on the rows of A."""
     model, _, method = one(LoRAFA(r=4, alpha=6, corrected=True))
@@ -205,6 +284,30 @@ def test_lorafa_keeps_a_and_projects_the_gradient() -> None:
     torch.optim.SGD(model.inlay.parameters(), lr=0.1).step()
     assert torch.equal(method.A, A)
     assert [n for n, _ in method.named_parameters()] == ["B"]
+
+
+def test_lorafa_takes_the_steps_of_pefts_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft corrects gradients in its own optimizer (in bfloat16 where it can); here any optimizer's are."""
+    monkeypatch.setattr(peft.optimizers.lorafa, "is_bf16_available", lambda: False)
+    torch.manual_seed(3)
+    ours = linear()
+    theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(r=3, lora_alpha=5, **AT))
+    adapter = inlay.adapt(ours, LoRAFA(r=3, alpha=5, corrected=True), ("0", "2"))
+    give(adapter, theirs, low_rank)
+    x, y = torch.randn(64, 24), torch.randn(64, 12)
+    optimizers = (
+        (ours, inlay.optimizer(adapter, 0.02)),
+        (theirs, peft.optimizers.create_lorafa_optimizer(theirs, r=3, lora_alpha=5, lr=0.02)),
+    )
+    for _ in range(20):
+        for model, optimizer in optimizers:
+            (model(x) - y).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-3, rtol=1e-3)
+    for level in adapter.levels:
+        layer = theirs.base_model.model[int(level.site.path)]
+        torch.testing.assert_close(level.method.B, layer.lora_B["default"].weight, atol=1e-4, rtol=1e-3)
 
 
 def test_frozen_factors_keep_no_input_for_the_backward_pass() -> None:

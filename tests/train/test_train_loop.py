@@ -18,9 +18,10 @@ from inlay.core.errors import OptionError
 from inlay.core.head import Head
 from inlay.evaluate import evaluate
 from inlay.methods import DoRA, VeRA
+from inlay.optim import AdamW
 from inlay.recipe import Recipe
 from inlay.train import TrainError, train
-from inlay.train.groups import factor, grouped
+from inlay.train.groups import factor, optimiser
 from inlay.train.measure import Watch, saved_for_backward, step_memory, storages
 from inlay.train.order import Order
 from inlay.train.progress import Bar, Silent
@@ -242,7 +243,8 @@ def rates(model: nn.Module, adapter: Any, **fields: Any) -> dict[str, tuple[floa
     recipe = Recipe(**{"model": "m", "data": "d", "method": "lora", **fields})
     own = core.attached(model).adapters["default"]
     names = {id(p): n for n, p in own.named_parameters()}
-    return {names[id(p)]: key for key, ps in grouped(adapter, recipe).items() for p in ps}
+    groups = optimiser(adapter, recipe).param_groups
+    return {names[id(p)]: (g["peak"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
 def test_every_tensor_has_the_rate_of_its_method() -> None:
@@ -271,6 +273,23 @@ def test_lora_plus_raises_the_rate_of_b() -> None:
     other = Two()
     with pytest.raises(OptionError, match="lora_plus"):
         rates(other, adapt(other, "bitfit", ["first"], head=["second"]), lora_plus=16.0)
+
+
+def test_steps_within_the_backward_pass_need_whole_gradients_nowhere(recipe: Make) -> None:
+    with pytest.raises(OptionError, match="clip: null"):
+        train(recipe(method="galore(per_layer=true)", clip=1.0))
+    with pytest.raises(OptionError, match="accumulate: 1"):
+        train(recipe(method="galore(per_layer=true)", clip=None, accumulate=2))
+
+
+def test_the_measured_peak_counts_what_the_optimizer_keeps(recipe: Make, tmp_path: Path) -> None:
+    """GaLore's state is smaller than AdamW's by the closed form."""
+    peaks = {}
+    for i, method in enumerate(("galore(r=16)", "galore(r=1)")):
+        done = train(recipe(method=method, steps=1, output=str(tmp_path / str(i))))
+        peaks[method] = done.peak_memory_bytes
+    whole, low = 2 * (4 * 16 * 16 + 2 * 16 * 32), 4 * (2 * 16 + 16) + 2 * (2 * 32 + 16)
+    assert peaks["galore(r=16)"] - peaks["galore(r=1)"] == 4 * 2 * (whole - low)
 
 
 def test_schedules() -> None:
@@ -364,7 +383,7 @@ def test_step_memory_adds_up() -> None:
     model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 2, bias=False))
     model[0].weight.requires_grad_(False)
     x = torch.randn(3, 5)
-    saved, peak = step_memory(lambda: model(x).sum(), model, {"x": x})
+    saved, peak = step_memory(lambda: model(x).sum(), model, {"x": x}, AdamW([model[1].weight]))
     assert saved == 4 * 3 * 4
     held, moments = 4 * (20 + 8), 2 * 4 * 8
     hidden, out, loss, grad = 4 * 12, 4 * 6, 4, 4 * 8

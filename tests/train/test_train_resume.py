@@ -70,12 +70,12 @@ def die_in(name: str, after: int) -> Callable[..., Any]:
 
 
 METHODS = ["lora(r=2, dropout=0.1)", "full", ["lora(r=2)", "bitfit"], "adalora(r=4, target=2)", "dylora(frozen=true)",
-           "relora(restarts=2, warmup=3)", "deltalora", "deltalora(of=eva(r=3))"]  # fmt: skip
+           "relora(restarts=2, warmup=3)", "deltalora", "deltalora(of=eva(r=3))", ["galore(r=2, every=3)", "bitfit"],
+           ["lora(r=2, dropout=0.1)", "bitfit", "ist(every=3, share=0.5)"]]  # fmt: skip
+NAMES = ["lora", "full", "two", "adalora", "dylora", "relora", "deltalora", "eva", "galore", "ist"]
 
 
-@pytest.mark.parametrize(
-    "method", METHODS, ids=["lora", "full", "two", "adalora", "dylora", "relora", "deltalora", "eva"]
-)
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_killed_after_steps(recipe: Make, tmp_path: Path, method: Any) -> None:
     """Kills before the first checkpoint, just after one, between two, and again and again; base dropout is on."""
     undisturbed = recipe(method=method, output=str(tmp_path / "a"))
@@ -89,6 +89,15 @@ def test_killed_after_steps(recipe: Make, tmp_path: Path, method: Any) -> None:
     first, second = (json.loads((tmp_path / d / "result.json").read_text()) for d in "ab")
     for key in ("metrics", "validation", "curve", "steps", "best_step"):
         assert first[key] == second[key], key
+
+
+def test_killed_with_steps_within_the_backward_pass(recipe: Make, tmp_path: Path) -> None:
+    fields = {"method": "galore(r=2, every=3, per_layer=true)", "clip": None}
+    train(recipe(**fields, output=str(tmp_path / "a")))
+    disturbed = recipe(**fields, output=str(tmp_path / "b"))
+    assert in_child(lambda: train(disturbed, KilledAt(5))) == -signal.SIGKILL
+    train(disturbed)
+    assert equal(tensors(str(tmp_path / "a")), tensors(str(tmp_path / "b")))
 
 
 @pytest.mark.parametrize(

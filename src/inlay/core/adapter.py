@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from inlay.core.companion import Companion
 from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, ComposeError, OptionError, RouteError, SiteError
 from inlay.core.head import Head
@@ -70,7 +72,12 @@ def adapt(
     heads = find_head(finder) if head == "auto" else tuple(head or ())
     finder = Finder(model, heads, tuple(exclude), None if layers is None else tuple(layers))
     plans = []
+    companions = [p.method for p in placements if isinstance(p.method, Companion)]
     for p in [part for placement in placements for part in parts_of(placement, patterns)]:
+        if isinstance(p.method, Companion):
+            if p.where:
+                raise OptionError(f"{p.method.label()} governs the methods beside it and has no places of its own")
+            continue
         if p.method.has_sites:
             plans.append((p, finder.sites(p.method, p.where or patterns or p.method.where or ("",), dtype)))
         elif not heads:
@@ -81,7 +88,7 @@ def adapt(
         plans.append((Placement(Head()), Finder(model).sites(Head(), [f"re:{re.escape(h)}" for h in heads], dtype)))
     check_name(model._modules.get("inlay"), name)
     with undone_on_error(model, name):
-        build(model, container(model), name, plans, overrides or {}, seed)
+        build(model, container(model), name, plans, overrides or {}, seed, companions)
     return Adapter(model, name, placements, heads, dtype, list(patterns or ()), overrides or {}, seed)
 
 
@@ -92,6 +99,7 @@ def build(
     plans: Sequence[tuple[Placement, list[Site]]],
     overrides: dict[str, dict[str, Any]],
     seed: int,
+    companions: Sequence[Companion],
 ) -> None:
     """Build every method at its sites, with the options that differ there."""
     used = set()
@@ -107,6 +115,8 @@ def build(
     unused = [pattern for pattern in overrides if pattern not in used]
     if unused:
         raise OptionError(f"overrides match no adapted site: {unused}")
+    peers = [site for method, site in pairs if not isinstance(method, Head)]
+    pairs += [(c, Site("", model, key=c.name(), peers=peers)) for c in companions]
     build_sites(model, inlay, name, pairs, seed)
 
 
@@ -399,14 +409,39 @@ def penalty(model: nn.Module) -> Tensor | float:
     return torch.stack(terms).sum() if terms else 0.0
 
 
-def step(model: nn.Module, progress: float, optimizer: Optimizer | None = None) -> None:
+def step(
+    model: nn.Module,
+    progress: float,
+    optimizer: Optimizer | None = None,
+    loss: Callable[[], Tensor | float] | None = None,
+) -> None:
     """Tell the active methods that an optimizer step was taken; `progress` runs from 0 to 1.
 
     Call it after `optimizer.step()` and before `optimizer.zero_grad()`: methods that measure importance read gradients,
-    those that begin anew (ReLoRA) change the optimizer's moments.
+    those that begin anew (ReLoRA) change the optimizer's moments. Methods that compare losses (IST) want `loss`, a
+    function that computes that of a batch again: it is called in evaluation mode, without gradients.
     """
-    for method in active_methods(model):
+    methods = active_methods(model)
+    for method in methods:
         method.step(progress, optimizer)
+    for method in methods:
+        method.probe(None if loss is None else partial(loss_now, model, loss))
+
+
+@torch.no_grad()
+def loss_now(model: nn.Module, loss: Callable[[], Tensor | float]) -> float:
+    """A loss in evaluation mode, its mean over processes that train together; leaves all modes as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        found = torch.as_tensor(loss(), dtype=torch.float32)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found)
+        found = found / torch.distributed.get_world_size()
+    return float(found)
 
 
 def active_methods(model: nn.Module) -> list[Method]:
@@ -414,7 +449,7 @@ def active_methods(model: nn.Module) -> list[Method]:
     inlay = attached(model)
     levels = [level for name in inlay.active for level in inlay.levels(name)]
     methods = {id(m): m for level in levels for m in level.method.modules() if isinstance(m, Method)}
-    return list(methods.values())
+    return [*methods.values(), *inlay.companions()]
 
 
 class Adapter:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inlay.core.adapter import Adapter, attached, build_sites, check_name, container, unadapted, undone_on_error
+from inlay.core.companion import Companion
 from inlay.core.container import Made, module_key
 from inlay.core.errors import CheckpointError, OptionError
 from inlay.core.files import atomic, canonical, sha256, tensor_bytes, tensors_digest, write_text
@@ -127,7 +128,7 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
         "format": FORMAT,
         "library": library.__version__,
         "name": adapter.name,
-        "methods": [p.method.specification() for p in adapter.placements],
+        "methods": [p.method.specification() for p in adapter.placements if not isinstance(p.method, Companion)],
         "where": [w if isinstance(w, str) else f"type:{w.__name__}" for w in adapter.where],
         "dtype": str(adapter.dtype).removeprefix("torch."),
         "seed": adapter.seed,

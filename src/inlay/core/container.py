@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inlay.core.attention import AttentionMount
 from inlay.core.calls import first, tensors_in
+from inlay.core.companion import Companion
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.method import AttentionMethod, Method
 from inlay.core.mount import Level, Mount
@@ -83,6 +84,8 @@ class State:
     mounts: dict[str, Mount] = field(default_factory=dict)
     tokens: dict[str, TokenMount] = field(default_factory=dict)
     """What methods on the token sequence attach, by module path."""
+    companions: dict[str, list[Companion]] = field(default_factory=dict)
+    """What governs the training of an adapter's methods, by the adapter's name."""
     spans: dict[tuple[str, str], Span] = field(default_factory=dict)
     """Where the input of a site enters, by (entry, path)."""
     call: Call = field(default_factory=Call)
@@ -182,6 +185,9 @@ class Inlay(nn.Module):
         while slot in own:
             slot += "'"  # a second method of one adapter at the same site
         own[slot] = method
+        if isinstance(method, Companion):
+            self.state.companions.setdefault(adapter, []).append(method)
+            return
         if site.tower is not None:
             for tokens in self.token_mounts(site, method):
                 tokens.levels.setdefault(adapter, []).append(Level(method, site))
@@ -243,6 +249,7 @@ class Inlay(nn.Module):
             self.spans.pop(span).handle.remove()
         del self.adapters[adapter]
         self.state.made.pop(adapter, None)
+        self.state.companions.pop(adapter, None)
         used = {name for other in self.adapters for level in self.levels(other) for name in level.site.uses}
         for name in [name for name in self.tensors._buffers if name not in used]:
             del self.tensors._buffers[name]
@@ -260,6 +267,10 @@ class Inlay(nn.Module):
     def levels(self, adapter: str) -> list[Level]:
         """Every level of one adapter."""
         return [level for mount in self.everything for level in mount.levels.get(adapter, ())]
+
+    def companions(self) -> list[Companion]:
+        """Those of the active adapters."""
+        return [companion for name in self.active for companion in self.state.companions.get(name, ())]
 
     # ------------------------------------------------------------------ shared tensors
     def shared_tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -347,8 +358,11 @@ class Inlay(nn.Module):
             for mount in self.state.mounts.values():
                 mount.frames.clear()
         self.state.running = True
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-            self.resume()  # the last backward pass ended with an error
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() == -1:
+                self.resume()  # the last backward pass ended with an error
+            for companion in self.companions() if torch.is_grad_enabled() else ():
+                companion.ready()
         given = dict(zip(self.state.arguments, args, strict=False)) | kwargs
         mask, past, prompt = real_tokens(given.get("attention_mask")), given.get("past_key_values"), self.state.prompt
         length = past.get_seq_length() if past is not None else 0

@@ -1,4 +1,4 @@
-"""One random draw per optimizer step, alike at all sites and in a resumed run."""
+"""Random draws of training: one per optimizer step, alike at all sites and in a resumed run; or one per forward."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ class Draw(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.steps = int(state)
         self.share = random.Random(self.steps).random() if self.steps else 0.0
+
+
+def kept(shape: tuple[int, ...], share: float, like: Tensor) -> Tensor:
+    """1 with probability 1 − `share` and 0 otherwise, drawn in every forward as dropout is.
+
+    It comes from torch's own generator, whose state activation checkpointing brings back: a forward that is run again
+    draws the same.
+    """
+    return (torch.rand(shape, device=like.device) >= share).to(like.dtype)

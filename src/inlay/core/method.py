@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import torch
@@ -67,6 +68,10 @@ class Method(nn.Module, ABC):
     """Beginnings of the names of buffers that a training run needs to go on, and a saved adapter does not hold."""
     mergeable: ClassVar[bool] = False
     """Whether the adapted network can be written as the base network with other tensors."""
+    strength = 1.0
+    """Share of what it does that a built copy does now; below 1 only while its worth is measured (IST)."""
+    resting = False
+    """Whether a built copy acts without being trained now (IST)."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # nn.Module needs its dictionaries before the dataclass constructor assigns the first field
@@ -126,6 +131,14 @@ class Method(nn.Module, ABC):
     def step(self, progress: float, optimizer: Optimizer | None) -> None:
         """What happens between optimizer steps; `progress` runs from 0 to 1, the optimizer is for who needs it."""
         return
+
+    def probe(self, loss: Callable[[], float] | None) -> None:
+        """Called after every method's `step`; `loss` gives the loss of the batch at hand, if the loop can tell."""
+        return
+
+    def optimised(self, name: str) -> dict[str, Any]:
+        """How its own trained tensor `name` is optimised: entries of its group, see `inlay.optim.AdamW`."""
+        return {}
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors a saved adapter holds for this site: parameters and states, unless a method folds them."""
@@ -294,11 +307,15 @@ class DeltaMethod(WeightMethod):
             raise SiteError(f"{self.label()} at '{self.site.path}': dropout acts on vectors, an embedding reads ids")
         return nn.functional.dropout(x, self.dropout)
 
+    def thin(self, delta: Matrix) -> Matrix:
+        """ΔW without what rests in this forward (dropout of rows or of the whole); all of it outside of training."""
+        return delta
+
     def weight(self, W: Tensor) -> Tensor:
-        return W + self.delta().dense().to(W.dtype)
+        return W + self.thin(self.delta()).dense().to(W.dtype)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.site.add(self.delta(), self.drop(x), y)
+        return self.site.add(self.thin(self.delta()), self.drop(x), y)
 
     def update(self) -> Matrix | None:
         return self.delta()

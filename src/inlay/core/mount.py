@@ -186,7 +186,7 @@ class Mount:
             t = dense(self.module)
         for level in levels:
             if isinstance(level.method, ParameterMethod) and level.site.param == name:
-                t = level.method.parameter(t)
+                t = eased(level.method, t, level.method.parameter(t))
         weights = [level for level in levels if isinstance(level.method, WeightMethod)]
         if t.dim() == 3 and any(level.site.expert is not None for level in weights if level.site.param == name):
             return fold_experts(t, [level for level in weights if level.site.param == name])
@@ -194,11 +194,13 @@ class Mount:
             site, method = level.site, level.method
             assert isinstance(method, WeightMethod)
             if site.param == name:
-                t = site.stored_from(method.weight(site.matrix_of(t)), t)
+                W = site.matrix_of(t)
+                t = site.stored_from(eased(method, W, method.weight(W)), t)
             elif site.bias_name == name and method.acts_on_bias:
-                part = method.bias_of(site.bias_part(t))
+                b = site.bias_part(t)
+                part = method.bias_of(b)
                 assert part is not None
-                t = site.bias_from(part, t)
+                t = site.bias_from(eased(method, b, part), t)
         return t
 
     def read(self, name: str) -> Tensor:
@@ -333,7 +335,8 @@ def fold_experts(t: Tensor, levels: list[Level]) -> Tensor:
         site, method = level.site, level.method
         assert isinstance(method, WeightMethod)
         assert site.expert is not None
-        parts[site.expert] = site.stored_from(method.weight(site.matrix_of(parts[site.expert])), parts[site.expert])
+        W = site.matrix_of(parts[site.expert])
+        parts[site.expert] = site.stored_from(eased(method, W, method.weight(W)), parts[site.expert])
     return torch.stack(parts)
 
 
@@ -368,15 +371,21 @@ def has_closed_form(method: Method) -> bool:
 
 def apply(level: Level, x: Tensor, y: Tensor) -> Tensor:
     """One level's `after`, on its rows of a packed output."""
-    rows = level.site.rows
+    method, rows = level.method, level.site.rows
     if rows is None:
-        return level.method.after(x, y)
-    return rows.put(y, level.method.after(x, rows.take(y, -1)), -1)
+        return eased(method, y, method.after(x, y))
+    part = rows.take(y, -1)
+    return rows.put(y, eased(method, part, method.after(x, part)), -1)
 
 
 def before(level: Level, x: Tensor) -> Tensor:
     """One level's `before`."""
-    return level.method.before(x)
+    return eased(level.method, x, level.method.before(x))
+
+
+def eased(method: Method, plain: Tensor, adapted: Tensor) -> Tensor:
+    """What becomes of `plain` where a method that would make it `adapted` acts at its present strength."""
+    return adapted if method.strength == 1.0 else plain.lerp(adapted, method.strength)
 
 
 def by_rows(level: Level, act: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -251,8 +251,8 @@ class Finder:
                 if id(p) in seen:
                     seen[id(p)].ties.append((path, module, name))
                     continue
-                key = f"{path}.{name}" if path else name
-                seen[id(p)] = Site(path, module, self.anatomy.name_of(path) or path, part.depth, param=name, key=key)
+                key, here = f"{path}.{name}" if path else name, self._part(path)
+                seen[id(p)] = Site(path, module, here.name, here.depth, param=name, key=key)
                 yield seen[id(p)]
 
 

@@ -1,5 +1,6 @@
 """The catalogue: one file per method, one package per site. Importing this package registers all of them."""
 
+from inlay.methods.gradient.galore import GaLore
 from inlay.methods.hidden.direft import DiReFT
 from inlay.methods.hidden.houlsby import Houlsby
 from inlay.methods.hidden.kronab import KronAB
@@ -12,6 +13,7 @@ from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
 from inlay.methods.schedule.dylora import DyLoRA
+from inlay.methods.schedule.ist import IST
 from inlay.methods.schedule.longlora import LongLoRA
 from inlay.methods.schedule.relora import ReLoRA
 from inlay.methods.tokens.prefixtuning import PrefixTuning
@@ -47,9 +49,9 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA", "DeltaLoRA",
-    "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "Houlsby", "KRAdapter", "KronA", "KronAB",
-    "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "LongLoRA",
-    "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd",
-    "VBLoRA", "VeRA", "WeightNorm",
+    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA",
+    "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby",
+    "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
+    "LoRAXS", "LoReFT", "LongLoRA", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning",
+    "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip

@@ -224,7 +224,10 @@ class Run:
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), recipe.clip)
         self.optimizer.step()
-        core.step(model, (number + 1) / self.total, self.optimizer)
+        core.step(
+            model, (number + 1) / self.total, self.optimizer,
+            lambda: self.source.forward(batches[0]).loss / self.unit**2,
+        )  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         return loss, rate
 
@@ -295,7 +298,7 @@ class Run:
             with self.work.computing():
                 return self.model(**batch).loss
 
-        found = step_memory(forward, self.model, batch)
+        found = step_memory(forward, self.model, batch, self.optimizer)
         load_into(self.own, before)  # methods that count what they see start afresh
         return found
 

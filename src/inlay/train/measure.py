@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from inlay.optim import AdamW
+
 
 def saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> tuple[Tensor, int]:
     """(loss, bytes) of the storages autograd keeps for the backward pass, each storage once, parameters excluded."""
@@ -72,19 +74,18 @@ def resident(model: nn.Module) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def step_memory(forward: Callable[[], Tensor], model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
+def step_memory(
+    forward: Callable[[], Tensor], model: nn.Module, batch: dict[str, Tensor], optimizer: AdamW
+) -> tuple[int, int]:
     """(saved-for-backward bytes, peak bytes) of a training step on one batch; leaves no gradients behind.
 
-    The peak is what the model holds, AdamW's two moments of every trained tensor, and the largest sum of activations
-    and gradients during forward and backward. With a GPU, the training loop reports the allocator's own peak instead.
+    The peak is what the model holds, the optimizer's state, and the largest sum of activations and gradients during
+    forward and backward. With a GPU, the training loop reports the allocator's own peak instead.
     """
     tensors = [*model.parameters(), *model.buffers(), *batch.values()]
     watch = Watch(storages(tensors))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with watch:
+    with watch, optimizer.measuring():
         loss, saved = saved_for_backward(forward, model)
         loss.backward()
-    moments = 2 * sum(p.nbytes for p in trained)
-    for p in trained:
-        p.grad = None
-    return saved, resident(model) + moments + watch.peak
+    model.zero_grad(set_to_none=True)
+    return saved, resident(model) + optimizer.state_bytes() + watch.peak

@@ -105,6 +105,8 @@ class AdaLoRA(DeltaMethod):
     @torch.no_grad()
     def measure(self) -> None:
         """Ī ← β₁ Ī + (1 − β₁) |p ∂L/∂p|,  Ū ← β₂ Ū + (1 − β₂) |I − Ī|."""
+        if self.resting:  # without gradients there is nothing new to learn
+            return
         for name, p in self.named_parameters():
             if p.grad is None:
                 raise AdapterError(

@@ -64,12 +64,13 @@ class DoRA(WeightMethod):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         c, bias = self.site.outward(self.ratio(), y), self.site.current_bias
+        delta = self.of.thin(self.of.delta())
         if bias is None:
-            return c * self.site.add(self.of.delta(), self.of.drop(x), y)
+            return c * self.site.add(delta, self.of.drop(x), y)
         y = y - self.site.outward(bias, y)  # neither the bias nor its update is scaled
         after = self.of.bias_of(bias)
         assert after is not None
-        return c * self.site.add(self.of.delta(), self.of.drop(x), y) + self.site.outward(after, y)
+        return c * self.site.add(delta, self.of.drop(x), y) + self.site.outward(after, y)
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
         return self.of.bias_of(b)

@@ -45,7 +45,7 @@ class LoRAFA(Ranked):
 
 
 class Corrected(torch.autograd.Function):
-    """B itself, with its gradient times (A Aᵀ + 10⁻⁸ I)⁺ / s²."""
+    """B itself, whose gradient is multiplied by (A Aᵀ + 10⁻⁸ I)⁺ / s² from the right."""
 
     @staticmethod
     def forward(ctx: Any, B: Tensor, A: Tensor, scale: float) -> Tensor:
@@ -55,6 +55,6 @@ class Corrected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (A,) = ctx.saved_tensors
-        near = torch.linalg.pinv(A @ A.T + 1e-8 * torch.eye(len(A), dtype=A.dtype, device=A.device))
-        return gradient @ near / ctx.scale**2, None, None
+        A = ctx.saved_tensors[0].to(torch.promote_types(gradient.dtype, torch.float32))
+        near = torch.linalg.pinv(A @ A.T + 1e-8 * torch.eye(len(A), dtype=A.dtype, device=A.device)) / ctx.scale**2
+        return (gradient.to(A.dtype) @ near).to(gradient.dtype), None, None

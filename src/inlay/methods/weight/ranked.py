@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.core.matrices import LowRank
+from inlay.core.draws import kept
+from inlay.core.matrices import Dense, LowRank, Matrix
 from inlay.core.method import DeltaMethod, Method, option, uniform
 from inlay.core.sites import Site
 
@@ -30,9 +31,28 @@ class Ranked(DeltaMethod):
 
 
 class Cored(Ranked):
-    """The same, where on a convolution the kernel may have a core of its own (Tucker form)."""
+    """The same in the LyCORIS family: the kernel of a convolution may have a core of its own (Tucker form).
 
+    In training, rows of ΔW may rest, which LyCORIS and PEFT call rank dropout, and all of a place's ΔW.
+    """
+
+    row_dropout: float = option(default=0.0, doc="share of the rows of ΔW that rest in training", low=0.0, high=1.0)
+    rescale: bool = option(default=True, doc="scale the other rows up by as much (PEFT: always for LoHa)")
+    module_dropout: float = option(
+        default=0.0, doc="probability with which ΔW of a place rests in training", low=0.0, high=1.0
+    )
     tucker: bool = option(default=False, doc="a core of its own for a convolution's kernel, where that is not 1×1")
+
+    def thin(self, delta: Matrix) -> Matrix:
+        if not self.training:
+            return delta
+        if self.row_dropout:
+            D = delta.dense()
+            rows = kept((D.shape[0], 1), self.row_dropout, D)
+            delta = Dense(D * (rows / rows.mean().clamp_min(1 / len(rows)) if self.rescale else rows))
+        if self.module_dropout:
+            delta = delta.scaled(kept((), self.module_dropout, next(self.parameters())))
+        return delta
 
     def has_core(self, site: Site) -> bool:
         """Whether this site's factors have a core T (r, r, k…)."""
