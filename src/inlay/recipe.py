@@ -134,7 +134,7 @@ class CompareRecipe(Settings):
 
     methods: list[MethodSpec] = option(
         doc="methods; or {method: …, label: …, seeds: […]} with any training field, which then differs for that row; "
-        "`all` stands for every method that no other row trains"
+        "`all` stands for every method that is no row of its own"
     )
     seeds: list[int] = option(default=[0], doc="seeds of every row")
     title: str = option(default="", doc="heading of the report")
@@ -158,7 +158,8 @@ class CompareRecipe(Settings):
         if ALL in self.methods:
             from inlay.catalogue import names  # importing it registers every method
 
-            taken = {type(m).name() for row in rows for m in row.recipe.methods()}
+            each = [row.recipe.methods() for row in rows]
+            taken = {type(m).name() for methods in each for m in methods if len(methods) == 1 or not m.has_sites}
             at = self.methods.index(ALL)
             rows[at:at] = [row_from(name, common, self.seeds) for name in names() if name not in taken]
         return rows

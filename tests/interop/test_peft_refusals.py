@@ -216,8 +216,6 @@ def test_refused_fields(folder: Path, field: str, value: object) -> None:
 
 QV = {"target_modules": ["query", "value"]}
 TRAINING: dict[str, tuple[peft.PeftConfig, dict[str, Any], str]] = {
-    "loha-rank-dropout": (peft.LoHaConfig(**QV), {"rank_dropout": 0.1}, "'rank_dropout' = 0.1 .*set it to 0"),
-    "lokr-module-dropout": (peft.LoKrConfig(**QV), {"module_dropout": 0.1}, "'module_dropout' = 0.1 .*set it to 0"),
     "lokr-beyond": (
         peft.LoKrConfig(r=1, decompose_factor=8, target_modules=["intermediate.dense"]), {},
         "'decompose_factor' = 8 is beyond the root of its width",

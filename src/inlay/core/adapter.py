@@ -17,6 +17,7 @@ from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, ComposeError, OptionError, RouteError, SiteError
 from inlay.core.head import Head
 from inlay.core.method import Method, ParameterMethod, Placement, WeightMethod, method_from
+from inlay.core.modes import evaluating
 from inlay.core.mount import Level, acts_on_output
 from inlay.core.properties import hold_statistics, release_statistics
 from inlay.core.quantised import numbers
@@ -431,13 +432,8 @@ def step(
 @torch.no_grad()
 def loss_now(model: nn.Module, loss: Callable[[], Tensor | float]) -> float:
     """A loss in evaluation mode, its mean over processes that train together; leaves all modes as they are."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         found = torch.as_tensor(loss(), dtype=torch.float32)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(found)
         found = found / torch.distributed.get_world_size()

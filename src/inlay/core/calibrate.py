@@ -19,6 +19,7 @@ from inlay.core.adapter import attached
 from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, CalibrationError
 from inlay.core.method import Method
+from inlay.core.modes import evaluating
 from inlay.core.mount import Level
 from inlay.core.sharded import is_sharded
 from inlay.core.statistics import Calibrated, starts_from_data
@@ -107,18 +108,6 @@ def wanting(inlay: Inlay) -> list[Calibrated]:
 
 
 # ---------------------------------------------------------------------- around the pass
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module is back in its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @contextmanager
 def resting(inlay: Inlay, methods: list[Calibrated]) -> Iterator[None]:
     """Take what is being calibrated out of the network; all else that is active acts, and trains nothing now."""

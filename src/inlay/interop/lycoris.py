@@ -11,7 +11,7 @@ from inlay.core.errors import CheckpointError
 from inlay.core.method import Method
 from inlay.core.sites import Site
 from inlay.interop.family import Part, Reading, cannot
-from inlay.interop.fields import COMMON, LAYERS, TARGETS, Field, idle, need, read, refuse
+from inlay.interop.fields import COMMON, LAYERS, TARGETS, Field, idle, need, read
 from inlay.interop.matching import common, tidy, value_at
 from inlay.interop.modules import Convolution, ModuleFamily, alike, no_dropout, pads_otherwise
 from inlay.methods.weight.krona import KronA
@@ -20,13 +20,12 @@ from inlay.methods.weight.loha import LoHa
 from inlay.methods.weight.lokr import LoKr
 from inlay.methods.weight.ranked import Cored, Shapes
 
-RESTS = "training switches parts of the update off, which inlay has not: set it to 0 to use the adapter as it is"
 FIELDS = (
     *COMMON, *TARGETS, *LAYERS,
     need("r", int), need("alpha", float),
     read("rank_pattern", dict[str, int] | None), read("alpha_pattern", dict[str, float] | None),
     read("use_effective_conv2d", bool, False, "tucker"),
-    refuse("rank_dropout", RESTS, 0.0), refuse("module_dropout", RESTS, 0.0),
+    read("rank_dropout", float, 0.0, "row_dropout"), read("module_dropout", float, 0.0),
 )  # fmt: skip
 C = TypeVar("C", bound=Cored)
 
@@ -87,7 +86,10 @@ class LohaFamily(LycorisFamily[LoHa]):
 
     def spec(self, reading: Reading) -> LoHa:
         config = reading.config
-        return LoHa(r=config["r"], alpha=config["alpha"], tucker=config["use_effective_conv2d"])
+        return LoHa(
+            r=config["r"], alpha=config["alpha"], tucker=config["use_effective_conv2d"],
+            row_dropout=config["rank_dropout"], module_dropout=config["module_dropout"],
+        )  # fmt: skip
 
     def part(self, reading: Reading, spec: LoHa, path: str, site: Site) -> Part:
         here = self.at(reading, spec, path)
@@ -95,10 +97,12 @@ class LohaFamily(LycorisFamily[LoHa]):
 
     def config(self, methods: Sequence[LoHa], sites: Sequence[Site]) -> dict[str, Any]:
         no_dropout(methods, self.peft_type)
-        (tucker,) = alike(methods, "tucker")
+        tucker, rescale, rests = *alike(methods, "tucker", "rescale"), resting(methods)
+        if rests["rank_dropout"] and not rescale:
+            raise cannot("PEFT's LOHA scales the rows that stay up by as many as rest: `rescale` must be on")
         ranks = {site.path: method.r for method, site in zip(methods, sites, strict=True)}
         alphas = {site.path: alpha_of(method) for method, site in zip(methods, sites, strict=True)}
-        return self.described(ranks, alphas) | {"use_effective_conv2d": tucker}
+        return self.described(ranks, alphas) | rests | {"use_effective_conv2d": tucker}
 
     def tensors(self, method: LoHa, site: Site) -> dict[str, Tensor]:
         return self.layout(method.shapes(site), dict(method.named_parameters()), site)
@@ -113,7 +117,7 @@ class LokrFamily(LycorisFamily[LoKr]):
     fields: ClassVar[tuple[Field, ...]] = (
         *FIELDS,
         read("decompose_both", bool, False), read("decompose_factor", int, -1, "factor"),
-        refuse("rank_dropout_scale", RESTS, False),
+        read("rank_dropout_scale", bool, False, "rescale"),
         read("init_weights", bool | str, True, "'lycoris' is init='lycoris'; the tensors are in the folder"),
     )  # fmt: skip
     kinds: ClassVar[tuple[type[Method], ...]] = (LoKr, KronA)
@@ -128,6 +132,8 @@ class LokrFamily(LycorisFamily[LoKr]):
             r=config["r"], alpha=config["alpha"], factor=config["decompose_factor"],
             decompose_both=config["decompose_both"], tucker=config["use_effective_conv2d"],
             init="lycoris" if config["init_weights"] == "lycoris" else "peft",
+            row_dropout=config["rank_dropout"], module_dropout=config["module_dropout"],
+            rescale=config["rank_dropout_scale"] or not config["rank_dropout"],
         )  # fmt: skip
 
     def part(self, reading: Reading, spec: LoKr, path: str, site: Site) -> Part:
@@ -156,8 +162,12 @@ class LokrFamily(LycorisFamily[LoKr]):
             else:
                 ranks[site.path], alphas[site.path] = method.r, alpha_of(method)
         own = [method for method in methods if isinstance(method, LoKr)]
-        both, tucker, init = alike(own, "decompose_both", "tucker", "init") if own else (False, False, "peft")
-        return self.described(ranks, alphas) | {
+        both, tucker, init, rescale = (
+            alike(own, "decompose_both", "tucker", "init", "rescale") if own else (False, False, "peft", False)
+        )
+        rests = resting(own or [LoKr()])
+        return self.described(ranks, alphas) | rests | {
+            "rank_dropout_scale": bool(rests["rank_dropout"]) and rescale,
             "decompose_both": both, "use_effective_conv2d": tucker, "init_weights": init if init == "lycoris" else True,
             "decompose_factor": factor_for([split_of(m, s) for m, s in zip(methods, sites, strict=True)], sites),
         }  # fmt: skip
@@ -168,6 +178,12 @@ class LokrFamily(LycorisFamily[LoKr]):
         if "D" in shapes and (reason := scrambles(site)):
             raise cannot(f"'{site.path}': {reason}")
         return self.layout(shapes, factors, site)
+
+
+def resting(methods: Sequence[Cored]) -> dict[str, float]:
+    """The fields of what rests in training."""
+    rows, modules = alike(methods, "row_dropout", "module_dropout")
+    return {"rank_dropout": rows, "module_dropout": modules}
 
 
 def transposed(name: str, shapes: Shapes) -> bool:

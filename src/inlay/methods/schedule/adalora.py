@@ -28,7 +28,7 @@ class AdaLoRA(DeltaMethod):
     kind: ClassVar[str] = "schedule"
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2303.10512"
     where: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 2e-2
     of_a_run: ClassVar[tuple[str, ...]] = ("sensitivity_", "uncertainty_")
 
     r: int = option(default=12, doc="triplets at the start", low=1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from inlay.core.attention import recorded
 from inlay.core.errors import OptionError, SiteError
 from inlay.core.method import PrefixMethod, option, register
+from inlay.core.modes import evaluating
 from inlay.core.sites import Site
 from inlay.core.towers import Spot
 from inlay.methods.tokens.words import check_words, ids_of, word_ids
@@ -25,7 +26,7 @@ class PrefixTuning(PrefixMethod):
 
     paper: ClassVar[str] = "Li & Liang 2021, arXiv 2101.00190"
     where: ClassVar[tuple[str, ...]] = ("attn",)
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     init: Literal["normal", "zero", "vocabulary", "text"] = option(
         default="normal", doc="start at noise, at zero, or at the keys and values of random words or of a text"
@@ -81,14 +82,8 @@ class PrefixTuning(PrefixMethod):
         if tower.embedding is None or any(spot.is_cross for spot in spots):
             raise SiteError(f"{self.label()}: only self-attention over token ids can begin with words")
         ids = word_ids(self.init, self.text_ids, self.tokens, tower.embedding.num_embeddings)
-        modes = [(module, module.training) for module in tower.module.modules()]
-        tower.module.eval()
-        try:
-            with site.inlay.only(), recorded(spots) as recorders:
-                tower.module(input_ids=torch.tensor([ids], device=tower.embedding.weight.device))
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(tower.module), site.inlay.only(), recorded(spots) as recorders:
+            tower.module(input_ids=torch.tensor([ids], device=tower.embedding.weight.device))
         found = [recorder.found for recorder in recorders if recorder.found is not None]
         keys, values = zip(*found, strict=True)
         return torch.stack(keys), torch.stack(values)

@@ -39,7 +39,7 @@ class CorDA(Calibrated, Residual):
 
     def plant(self, site: Site) -> None:
         B, A = self.split(site.weight)
-        self.begin_at(site, B, A)
+        self.take_out(site, B, A)
 
     def split(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """U_I √(Σ_I/s) and √(Σ_I/s) V_Iᵀ of W C."""

@@ -28,4 +28,4 @@ class PiSSA(Residual):
     def build(self, site: Site) -> None:
         U, S, V = svd(site.weight, self.r, self.iterations)
         root = (S / self.scale).sqrt()
-        self.begin_at(site, U * root, (V * root).T)
+        self.take_out(site, U * root, (V * root).T)

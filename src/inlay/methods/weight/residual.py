@@ -21,7 +21,7 @@ class Residual(Ranked):
         if not self.alpha:
             raise OptionError(f"{self.label()}: with alpha=0 no update is left, and Σ/s has no value")
 
-    def begin_at(self, site: Site, B: Tensor, A: Tensor) -> None:
+    def take_out(self, site: Site, B: Tensor, A: Tensor) -> None:
         """Make B (d_out, r) and A (r, d_in), and B₀ and A₀ from the same numbers."""
         for name, t in (("A", A), ("B", B)):
             start = t.to(site.dtype).contiguous()
