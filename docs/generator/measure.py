@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -32,6 +33,8 @@ class Cell:
 
     works: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
+    peft: str = ""
+    """The type of the PEFT folder it is written as; empty where it is not."""
 
 
 def specifications() -> list[str]:
@@ -88,6 +91,7 @@ def cell_of(text: str, place: Place) -> Cell:
             cell.refused[name] = generic(error, text, place)
         else:
             cell.works.add(name)
+    cell.peft = trial.peft
     return cell
 
 
@@ -95,7 +99,7 @@ class Trial:
     """A method attached at a place as adapter `a`, with what base and adapted network give."""
 
     def __init__(self, text: str, place: Place) -> None:
-        self.text, self.place, self.inputs = text, place, place.feed()
+        self.text, self.place, self.inputs, self.peft = text, place, place.feed(), ""
         self.model = place.model()
         self.base = output(self.model, self.inputs)
         self.adapter = attached(self.model, text, place, "a")
@@ -158,6 +162,7 @@ def peft_folder(t: Trial) -> None:
     """Written as a PEFT folder and read back, it computes the same."""
     with tempfile.TemporaryDirectory() as folder:
         peft.write(t.adapter, Path(folder))
+        t.peft = json.loads((Path(folder) / "adapter_config.json").read_text())["peft_type"]
         fresh = t.place.model()
         peft.read(fresh, Path(folder))
     t.same(t.a, output(fresh, t.inputs), "by way of PEFT")

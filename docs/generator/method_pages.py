@@ -10,7 +10,6 @@ from inlay.core.companion import Companion
 from inlay.core.method import REGISTRY, AttentionMethod, Method, method_class
 from inlay.core.options import Option, options
 from inlay.core.statistics import Calibrated
-from inlay.interop.peft import FAMILIES
 
 from .counts import ARCHITECTURES, Count
 from .markdown import HEADER, Notes, code, linked, table
@@ -95,7 +94,7 @@ def method_page(name: str, counts: Counts, row: dict[str, Cell]) -> str:
         ["learning rate", f"{cls.learning_rate:g}"],
         ["merges", "yes" if cls.mergeable else "no"],
         ["attaches to", ", ".join(taken) or ("other methods" if issubclass(cls, Companion) else "the task head alone")],
-        ["PEFT counterpart", ", ".join(kind for kind, family in FAMILIES.items() if family.takes(cls())) or "none"],
+        ["PEFT counterpart", ", ".join(dict.fromkeys(cell.peft for cell in row.values() if cell.peft)) or "none"],
     ]
     page = f"{HEADER}# {cls.__name__}\n\n> {cls.equation()}\n\n{table(['', ''], facts)}\n"
     page += linked(about["description"]) + "\n"

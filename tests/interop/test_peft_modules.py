@@ -42,8 +42,8 @@ CASES = {
         "llama", peft.LoHaConfig,
         {"target_modules": "all-linear", "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"up_proj": 3}},
     ),
-    "loha-rests": ("llama", peft.LoHaConfig, {"r": 2, "rank_dropout": 0.2, "module_dropout": 0.1, "target_modules": "all-linear"}),
-    "lokr-rests": ("llama", peft.LoKrConfig, {"r": 2, "rank_dropout": 0.2, "rank_dropout_scale": True, "target_modules": "all-linear"}),
+    "loha-rests": ("bert", peft.LoHaConfig, {"r": 2, "rank_dropout": 0.2, "module_dropout": 0.1, **QV}),
+    "lokr-rests": ("bert", peft.LoKrConfig, {"r": 2, "rank_dropout": 0.2, "rank_dropout_scale": True, **QV}),
     "loha-layers": ("llama", peft.LoHaConfig, {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "loha-conv": ("conv", peft.LoHaConfig, {"r": 2, "target_modules": ["one", "two", "point", "out"]}),
     "loha-tucker": (
