@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-from peft_bases import Base
+from peft_bases import BASES, Base
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -115,6 +116,11 @@ def base_tensor(name: str, model: nn.Module, t: Tensor) -> bool:
     path = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".ln_tuning_layers", "")
     own = model.state_dict().get(path)
     return own is not None and torch.equal(own, t)
+
+
+def adapted_here(name: str, methods: Any, where: Any, options: dict[str, Any], tmp: Path) -> None:
+    """`from_inlay` of a base's name and what `inlay.adapt` is called with."""
+    from_inlay(BASES[name], inlay.adapt(BASES[name](), methods, where, **options), tmp)
 
 
 def from_inlay(base: Base, adapter: inlay.Adapter, tmp: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import peft
 import pytest
 from peft_bases import BASES
-from peft_checks import both_ways, from_inlay
+from peft_checks import adapted_here, both_ways
 
-import inlay
 from inlay.methods import NOLA, BitFit, DoRA, Full, LoRA, LoRAFA, LoRAXS, PiSSA, VBLoRA
 
 LORA = {
@@ -123,6 +122,4 @@ OURS = {
 
 @pytest.mark.parametrize("case", OURS)
 def test_ours_in_peft(case: str, tmp_path: Path) -> None:
-    name, methods, where, options = OURS[case]
-    base = BASES[name]
-    from_inlay(base, inlay.adapt(base(), methods, where, **options), tmp_path)
+    adapted_here(*OURS[case], tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.boft import layer as boft_layer
 from peft_bases import BASES, Base
-from peft_checks import both_ways, close, from_inlay, perturb, quiet
+from peft_checks import adapted_here, both_ways, close, perturb, quiet
 from safetensors.torch import load_file
 
 import inlay
@@ -239,9 +239,7 @@ OURS = {
 
 @pytest.mark.parametrize("case", OURS)
 def test_ours_in_peft(case: str, tmp_path: Path) -> None:
-    name, methods, where, options = OURS[case]
-    base = BASES[name]
-    from_inlay(base, inlay.adapt(base(), methods, where, **options), tmp_path)
+    adapted_here(*OURS[case], tmp_path)
 
 
 def test_dylora_is_written_whole_while_it_trains(tmp_path: Path) -> None:

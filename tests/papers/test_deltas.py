@@ -39,9 +39,11 @@ def test_counts_on_architectures(arch: str, method: str, where: list[str], count
     assert plan(arch, method, where, memory=False).adapter_parameters == count
 
 
-@pytest.mark.parametrize(
-    "text", ["svft(structure='top')", "vblora", "loraxs", "nola", "pissa", "lorafa(corrected=true)"]
-)
+STARTED = ["svft(structure='top')", "vblora", "loraxs", "nola", "pissa", "lorafa(corrected=true)", "eva", "corda",
+           "corda(mode='knowledge')", "lorasb"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STARTED)
 def test_planning_without_storage(text: str) -> None:
     """Nothing that reads numbers stands in the way of a model on the meta device, large or small."""
     for width in (48, 600):
