@@ -8,7 +8,7 @@ import torch
 
 import inlay
 from inlay.architectures import configuration
-from inlay.core.adapter import find_head
+from inlay.core.building import find_head
 from inlay.core.companion import Companion
 from inlay.core.errors import InlayError
 from inlay.core.method import method_from

@@ -1,6 +1,7 @@
 """inlay: adapt frozen foundation models with any parameter-efficient method."""
 
-from inlay.core.adapter import Adapter, adapt, delete, detach, disabled, penalty, route, step, use
+from inlay.core.active import delete, detach, disabled, penalty, route, step, use
+from inlay.core.adapter import Adapter, adapt
 from inlay.core.calibrate import calibrate
 from inlay.core.checkpoint import load, save
 from inlay.core.merge import merge, unmerge

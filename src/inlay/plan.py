@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.architectures import configuration
-from inlay.core.adapter import Adapter, Methods, adapt, find_head
+from inlay.core.adapter import Adapter, Methods, adapt
+from inlay.core.building import find_head
 from inlay.core.checkpoint import describe_site, stored_tensors
 from inlay.core.errors import OptionError
 from inlay.core.files import canonical

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.adapter import attached
+from inlay.core.active import attached
 from inlay.methods import EVA, CorDA, LoRASB
 
 Batches = list[dict[str, Tensor]]

@@ -8,7 +8,7 @@ from calibration_bases import ALL, bert, equal, numbers, sentences
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.adapter import attached
+from inlay.core.active import attached
 from inlay.core.errors import AdapterError, CalibrationError
 from inlay.core.method import Method
 from inlay.methods import EVA, CorDA, DeltaLoRA, DoRA, DyLoRA, LoRA, LoRASB

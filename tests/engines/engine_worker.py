@@ -105,7 +105,7 @@ def job(rank: int, folder: Path, key: str, bench: str, engine: str, spec: Any, w
 
 def handle(model: nn.Module, spec: Any) -> Adapter:
     """The handle that `adapt` gave."""
-    return Adapter(model, "default", [inlay.core.adapter.place(spec)], (), torch.float32, [], {}, 0)
+    return Adapter(model, "default", [inlay.core.building.place(spec)], (), torch.float32, [], {}, 0)
 
 
 def written(adapter: Adapter, folder: Path) -> bool:
@@ -152,7 +152,7 @@ def refusals(folder: Path) -> dict:
             trial()
         except InlayError as error:
             found[name] = f"{type(error).__name__}: {error}"
-    found["names"] = inlay.core.adapter.attached(spread).names()
+    found["names"] = inlay.core.active.attached(spread).names()
     return found
 
 

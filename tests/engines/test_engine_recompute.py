@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import inlay
-from inlay.core.adapter import attached
+from inlay.core.active import attached
 from inlay.core.container import Inlay
 from inlay.core.errors import ComposeError, SiteError
 from inlay.methods import LoReFT

@@ -64,7 +64,7 @@ def test_robust_draws_once_per_step_for_all_sites(name):
     assert need_gradients(name, model, inputs) == [True] * 3  # before the first step
     drawn = Counter()
     for step in range(300):
-        inlay.core.adapter.step(model, step / 300)
+        inlay.step(model, step / 300)
         (n,) = {level.method.depth.of(level.method.blocks) for level in piece.levels}
         drawn[n] += 1
         if step < 8:
@@ -109,7 +109,7 @@ def test_the_chosen_number_is_saved_with_the_adapter(tmp_path):
 def test_an_interrupted_run_goes_on_with_its_draws():
     def draws(model, piece, n):
         for _ in range(n):
-            inlay.core.adapter.step(model, 0.0)
+            inlay.step(model, 0.0)
             yield piece.levels[0].method.depth.of(3)
 
     model = base("bert")

@@ -45,7 +45,7 @@ def adapted(name):
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if name == "bert" else {}
     model, inputs = base(name, num_hidden_layers=2, **off).train(), batch(name)
     stir(inlay.adapt(model, STACKS[name], head=None), 0.1)
-    inlay.core.adapter.step(model, 0.5)
+    inlay.step(model, 0.5)
     if name == "llama":
         inputs["labels"] = inputs["input_ids"].masked_fill(torch.arange(9) < 5, -100)
     return model, inputs

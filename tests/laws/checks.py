@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.adapter import Adapter, attached
+from inlay.core.active import attached
+from inlay.core.adapter import Adapter
 from inlay.core.errors import AdapterError, ComposeError, MergeError, RouteError
 from inlay.core.method import ParameterMethod, TokenMethod, WeightMethod
 from laws.benches import Inputs, run

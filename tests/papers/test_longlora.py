@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import inlay
-from inlay.core.adapter import attached
+from inlay.core.active import attached
 from inlay.core.errors import AdapterError, MergeError, OptionError, RouteError, SiteError
 from inlay.core.method import Method
 from inlay.methods import Full, LongLoRA, LoRA, NormTuning, PrefixTuning, PromptTuning

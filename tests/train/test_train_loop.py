@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from inlay import adapt
-from inlay.core import adapter as core
+from inlay.core import active as core
 from inlay.core.checkpoint import read
 from inlay.core.errors import OptionError
 from inlay.core.head import Head

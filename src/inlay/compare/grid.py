@@ -77,7 +77,7 @@ def one(items: list[Any]) -> Any:
 
 def measure(task: Task, progress: Progress, shared: Shared) -> Cell:
     """Train a cell (or go on with it) and keep it; a run that fails is a cell that says why, and is not kept."""
-    from inlay.core.adapter import detach
+    from inlay.core.active import detach
 
     try:
         trained = train(task.recipe, progress, shared)

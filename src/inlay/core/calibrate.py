@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import attached
+from inlay.core.active import attached
 from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, CalibrationError
 from inlay.core.method import Method

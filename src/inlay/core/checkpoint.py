@@ -19,18 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter, attached, build_sites, check_name, container, unadapted, undone_on_error
+from inlay.core.active import attached, container, unadapted
+from inlay.core.adapter import Adapter
+from inlay.core.building import build_sites, check_name, undone_on_error
 from inlay.core.companion import Companion
 from inlay.core.container import Made, module_key
 from inlay.core.errors import CheckpointError, OptionError
 from inlay.core.files import atomic, canonical, sha256, tensor_bytes, tensors_digest, write_text
 from inlay.core.head import Head
+from inlay.core.hosts import QuantisedHost, hollow
 from inlay.core.method import Method, Placement, method_from
 from inlay.core.quantised import dense, is_quantised
 from inlay.core.quantised import shape as quantised_shape
 from inlay.core.rows import Rows
 from inlay.core.sharded import gathered, whole
-from inlay.core.sites import QuantisedHost, Site, hollow
+from inlay.core.sites import Site
 from inlay.core.towers import tower_of
 from inlay.core.where import site_host
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import attached
+from inlay.core.active import attached
 from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
 from inlay.core.merge import TOLERANCE, difference, merge, unmerge

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import activate, attached, check_stack
+from inlay.core.active import activate, attached
 from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
+from inlay.core.hosts import ConvHost, EmbeddingHost, NormHost, QuantisedHost, host_of
 from inlay.core.method import ParameterMethod
 from inlay.core.mount import Level, Mount, applies_matrix, has_closed_form, kept
 from inlay.core.quantised import Storage, dense, is_quantised, plain
 from inlay.core.rotary import Rotary
 from inlay.core.sharded import is_spread
-from inlay.core.sites import ConvHost, EmbeddingHost, NormHost, QuantisedHost, host_of
+from inlay.core.stacking import check_stack
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference between adapted and merged outputs, relative to the largest output."""

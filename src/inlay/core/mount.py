@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from inlay.core.calls import first, first_output, replace_first, replace_first_output, some_rows, with_rows
 from inlay.core.errors import RouteError
+from inlay.core.hosts import QuantisedHost
 from inlay.core.method import HiddenMethod, Method, ParameterMethod, WeightMethod
 from inlay.core.paths import prefers_effective
 from inlay.core.properties import adapt_tensors, release_tensors
 from inlay.core.quantised import dense
 from inlay.core.sharded import is_sharded
-from inlay.core.sites import QuantisedHost, Site
+from inlay.core.sites import Site
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Inlay
+    from inlay.core.container import Inlay
 
 
 @dataclass(eq=False)

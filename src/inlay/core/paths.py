@@ -12,8 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from inlay.core.hosts import QuantisedHost
 from inlay.core.method import Method, WeightMethod
-from inlay.core.sites import QuantisedHost, Site
+from inlay.core.sites import Site
 
 
 def prefers_effective(levels: list[tuple[Method, Site]], x: Tensor) -> bool:

@@ -121,7 +121,7 @@ def prompts(model: nn.Module, lengths: Tensor | Sequence[int] | int) -> Iterator
     Not needed where a prompt is read into an empty cache (`generate`), nor where `labels` are passed that mark the
     answer: it is for scoring prompts with answers behind them, and for generating without a cache.
     """
-    from inlay.core.adapter import attached
+    from inlay.core.active import attached
 
     state = attached(model).state
     before = state.prompt

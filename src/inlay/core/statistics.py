@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import CalibrationError, SiteError
+from inlay.core.hosts import hollow
 from inlay.core.method import Method
-from inlay.core.sites import Site, hollow
+from inlay.core.sites import Site
 from inlay.core.spectrum import OVERSAMPLING, svd
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
 from inlay.core.errors import CheckpointError, SiteError
+from inlay.core.hosts import host_of
 from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, TokenMethod
 from inlay.core.rows import rows_of
-from inlay.core.sites import Site, host_of
+from inlay.core.sites import Site
 
 if TYPE_CHECKING:
     from inlay.core.where import Finder, Pattern

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from inlay.core.hosts import ConvHost
 from inlay.core.matrices import Dense
 from inlay.core.method import WeightMethod
-from inlay.core.sites import ConvHost
 
 
 # ---------------------------------------------------------------------- maps

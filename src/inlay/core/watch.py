@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from inlay.core.calls import first
 from inlay.core.container import Inlay
 from inlay.core.errors import CalibrationError
+from inlay.core.hosts import ConvHost, QuantisedHost
 from inlay.core.method import Method
-from inlay.core.sites import ConvHost, QuantisedHost, Site
+from inlay.core.sites import Site
 from inlay.core.statistics import Calibrated, Gradient, InputStatistic, Statistic
 
 Loss = Callable[[Any, Any], Tensor]

@@ -12,10 +12,11 @@ from torch import nn
 
 from inlay.core.anatomy import Anatomy, Part, anatomy
 from inlay.core.errors import SiteError, near
+from inlay.core.hosts import Host, LinearHost, QuantisedHost, StoredHost, StoredTransposedHost, host_of, operation
 from inlay.core.method import AttentionMethod, HiddenMethod, Method, ParameterMethod, TokenMethod, WeightMethod
 from inlay.core.quantised import is_quantised
 from inlay.core.rows import Rows, rows_of
-from inlay.core.sites import Host, LinearHost, QuantisedHost, Site, StoredHost, StoredTransposedHost, host_of, operation
+from inlay.core.sites import Site
 from inlay.core.towers import token_sites
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
+from inlay.core.hosts import Host, LinearHost, TransposedHost
 from inlay.core.method import Method
-from inlay.core.sites import Host, LinearHost, Site, TransposedHost
+from inlay.core.sites import Site
 from inlay.interop.family import Part, Reading, one_value
 from inlay.interop.fields import Field, idle, need, read, refuse
 from inlay.interop.lora import LoraFamily

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
+from inlay.core.hosts import ConvHost, LinearHost, TransposedHost
 from inlay.core.method import Method
 from inlay.core.mount import Level
-from inlay.core.sites import ConvHost, LinearHost, Site, TransposedHost
+from inlay.core.sites import Site
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import COMMON, STORED_TRANSPOSED, TARGETS, Field, Names, idle, need
 from inlay.methods.weight.ia3 import IA3

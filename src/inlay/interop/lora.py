@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
+from inlay.core.hosts import LinearHost, StoredHost
 from inlay.core.method import Method
 from inlay.core.mount import Level
-from inlay.core.sites import LinearHost, Site, StoredHost
+from inlay.core.sites import Site
 from inlay.interop import lora_layout as layout
 from inlay.interop.family import Family, Part, Reading, Writing, cannot, one_value
 from inlay.interop.fields import COMMON, LAYERS, STORED_TRANSPOSED, TARGETS, Field, idle, need, read, refuse

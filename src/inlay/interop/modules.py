@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
+from inlay.core.hosts import Host, LinearHost
 from inlay.core.method import Method
 from inlay.core.mount import Level
-from inlay.core.sites import Host, LinearHost, Site
+from inlay.core.sites import Site
 from inlay.interop.family import Family, Part, Reading, Writing, cannot, one_value
 
 M = TypeVar("M", bound=Method)

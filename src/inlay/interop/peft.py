@@ -15,16 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.core.adapter import (
-    Adapter,
-    attached,
-    build_sites,
-    check_name,
-    container,
-    find_head,
-    model_is,
-    undone_on_error,
-)
+from inlay.core.active import attached, container
+from inlay.core.adapter import Adapter, model_is
+from inlay.core.building import build_sites, check_name, find_head, undone_on_error
 from inlay.core.errors import CheckpointError, OptionError, near
 from inlay.core.head import Head
 from inlay.core.method import Method, Placement

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
+from inlay.core.hosts import ConvHost, EmbeddingHost, Host, LinearHost
 from inlay.core.method import Method
-from inlay.core.sites import ConvHost, EmbeddingHost, Host, LinearHost, Site
+from inlay.core.sites import Site
 from inlay.interop.family import Part, Reading, cannot
 from inlay.interop.fields import COMMON, LAYERS, STORED_TRANSPOSED, TARGETS, Field, idle, need, read
 from inlay.interop.modules import Convolution, ModuleFamily, alike, grouped

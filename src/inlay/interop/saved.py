@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import find_head
+from inlay.core.building import find_head
 from inlay.core.errors import CheckpointError
 from inlay.core.head import Head
 from inlay.core.method import ParameterMethod

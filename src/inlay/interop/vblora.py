@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from inlay.core.hosts import Host, LinearHost, TransposedHost
 from inlay.core.method import Method
-from inlay.core.sites import Host, LinearHost, Site, TransposedHost
+from inlay.core.sites import Site
 from inlay.interop.family import Part, Reading, cannot
 from inlay.interop.fields import COMMON, LAYERS, STORED_TRANSPOSED, TARGETS, Field, idle, need, read
 from inlay.interop.modules import ModuleFamily, alike

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter, activate, attached, overlapping
+from inlay.core.active import activate, attached
+from inlay.core.adapter import Adapter
 from inlay.core.checkpoint import read, site_from
 from inlay.core.container import Made
 from inlay.core.errors import AdapterError, CheckpointError, OptionError
@@ -24,6 +25,7 @@ from inlay.core.method import WeightMethod
 from inlay.core.quantised import dense, is_quantised, plain
 from inlay.core.sites import Site
 from inlay.core.spectrum import svd
+from inlay.core.stacking import overlapping
 from inlay.models.quantise import check_kind, linear_layers, quantised
 
 Store = Callable[[nn.Linear], nn.Module]

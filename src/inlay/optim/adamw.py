@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from inlay.core.errors import AdapterError
+from inlay.core.hosts import hollow
 from inlay.core.sharded import is_sharded
-from inlay.core.sites import hollow
 from inlay.optim.subspace import as_matrices, back, basis, into, state_numbers
 
 

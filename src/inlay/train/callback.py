@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from inlay.core.adapter import active_methods, penalty, step
+from inlay.core.active import active_methods, penalty, step
 from inlay.core.errors import AdapterError
 from inlay.optim import AdamW
 from inlay.train.groups import check_per_layer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core import adapter as core
+from inlay.core import active as core
 from inlay.core.adapter import Adapter
 from inlay.core.calibrate import calibrate
 from inlay.core.checkpoint import TENSORS, load

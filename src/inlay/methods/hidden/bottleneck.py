@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from inlay.core.draws import Draw
 from inlay.core.errors import OptionError, SiteError
+from inlay.core.hosts import ConvHost
 from inlay.core.method import HiddenMethod, Method, option, uniform
-from inlay.core.sites import ConvHost, Site
+from inlay.core.sites import Site
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.core.errors import OptionError, SiteError
+from inlay.core.hosts import ConvHost
 from inlay.core.method import HiddenMethod, option
 from inlay.core.positions import Positions, tokens
-from inlay.core.sites import ConvHost, Site
+from inlay.core.sites import Site
 
 
 class Intervention(HiddenMethod):
