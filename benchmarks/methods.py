@@ -17,12 +17,13 @@ from inlay.report import Result, across, markdown, read_json, write_csv, write_j
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES, RESULTS = ROOT / "recipes" / "methods", ROOT / "results" / "methods"
 TASKS = ("trec", "stsb", "cifar10", "grocery", "instructlab")
-HEAD = """# Every method, five tasks
+HEAD = """# Every method, task by task
 
-Made by `make results`; nothing here is written by hand. Every method at its default options, three seeds (mean ±
-sample deviation); the recipes are in `recipes/methods/`. *Rank* is the mean over tasks of a method's rank among those
-that ran there (0 % is best, 100 % last). A dash: the method has no place in that model, and the task's own table says
-why. Parameters, file and memory are those of the first task.
+Made by `make results`; nothing here is written by hand. Every method at its default options: mean ± sample deviation
+over the seeds that the task's own table tells (`<task>/table.md`, with all metrics and costs); the recipes are in
+`recipes/methods/`. *Rank* is the mean over tasks of a method's rank among those that ran there (0 % is best, 100 %
+last). A dash: the method has no place in that model, and the task's own table says why. Parameters, file and memory are
+those of the first task.
 
 """
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.errors import OptionError
+from inlay.core.hosts import hollow
 
 CLIPS = tuple(0.96 - k * 0.46 / 11 for k in range(12))
 """How far a fitted grid may be clipped: from 0.96 down to half of the largest number."""
@@ -41,6 +42,8 @@ class Grid:
     def fitted(cls, W: Tensor, bits: int, groups: int = 1) -> Grid:
         """Row by row the clipped grid with the least squared error, of twelve between none and half clipped."""
         best = cls.of(W, bits, groups)
+        if hollow(W):
+            return best  # of the same shape
         least = best.errors(W)
         for clip in CLIPS:
             other = cls.of(W, bits, groups, clip)
