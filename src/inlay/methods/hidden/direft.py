@@ -19,6 +19,7 @@ class DiReFT(Intervention):
     """
 
     paper: ClassVar[str] = "Wu et al. 2024, arXiv 2404.03592"
+    learning_rate: ClassVar[float] = 5e-3
 
     init: Literal["base", "paper"] = option(default="base", doc="base: W₂ = 0; paper: W₁, b and W₂ as nn.Linear")
 

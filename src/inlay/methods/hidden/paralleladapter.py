@@ -18,6 +18,7 @@ class ParallelAdapter(Bottleneck):
 
     paper: ClassVar[str] = "He et al. 2021, arXiv 2110.04366"
     where: ClassVar[tuple[str, ...]] = ("mlp",)
+    learning_rate: ClassVar[float] = 5e-4
     reads_input: ClassVar[bool] = True
 
     scale: float = option(default=4.0, doc="factor s on what the adapter adds")

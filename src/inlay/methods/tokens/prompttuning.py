@@ -20,7 +20,7 @@ class PromptTuning(PromptMethod):
     """
 
     paper: ClassVar[str] = "Lester, Al-Rfou & Constant 2021, arXiv 2104.08691"
-    learning_rate: ClassVar[float] = 3e-1
+    learning_rate: ClassVar[float] = 2e-1
 
     init: Literal["vocabulary", "text", "random"] = option(
         default="vocabulary", doc="start at embeddings of random words, at those of a text, or uniformly at random"

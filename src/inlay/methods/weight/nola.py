@@ -22,7 +22,7 @@ class NOLA(Ranked):
     """
 
     paper: ClassVar[str] = "Koohpayegani et al. 2023, arXiv 2310.02556"
-    learning_rate: ClassVar[float] = 3e-2
+    learning_rate: ClassVar[float] = 1e-2
 
     bases: int = option(default=512, doc="random matrices per factor, k = l", low=1)
     seed: int = option(default=0, doc="seed of the bases", low=0)
