@@ -7,6 +7,7 @@ data go to `results/methods/<task>/`, and one table over all tasks to `results/m
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from inlay.compare import compare
@@ -32,7 +33,8 @@ def main(chosen: list[str]) -> None:
     """Compare what is asked for, then draw the table from everything that has results."""
     for task in chosen or TASKS:
         result = compare(load_recipe(RECIPES / f"{task}.yaml", CompareRecipe))
-        write_json(result, RESULTS / task / "results.json")
+        bare = replace(result, cells=[replace(cell, curve=[]) for cell in result.cells])  # curves are large
+        write_json(bare, RESULTS / task / "results.json")
         write_csv(result, RESULTS / task / "results.csv")
         write_text(RESULTS / task / "table.md", page(result))
     done = [read_json(RESULTS / task / "results.json") for task in TASKS if (RESULTS / task / "results.json").exists()]
