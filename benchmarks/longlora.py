@@ -31,9 +31,11 @@ import inlay
 import inlay.data
 import inlay.models
 from inlay.core.adapter import Adapter
+from inlay.core.files import write_text
 from inlay.data.documents import cut
 from inlay.methods import LongLoRA
 from inlay.plan import fake, skeleton
+from inlay.train.groups import set_rate
 from inlay.train.measure import step_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,19 +99,14 @@ def extend(args: argparse.Namespace) -> None:
 
 def train(model: Any, adapter: Adapter, rows: Sequence[Tensor], args: argparse.Namespace) -> list[dict[str, float]]:
     """AdamW over rows in random order, one a step, each method at its own rate: a linear rise, then a linear fall."""
-    groups = [
-        {"params": list(level.method.parameters()), "peak": level.method.learning_rate}
-        for level in adapter.levels if any(True for _ in level.method.parameters())
-    ]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    optimizer = inlay.optimizer(adapter)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     log: list[dict[str, float]] = []
     for step in range(args.steps):
         share = min((step + 1) / 3, (args.steps - step) / (args.steps - 2))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
+        set_rate(optimizer, share)
         began = time.process_time()
         loss = mean_loss(model, rows[order[step % len(order)]][None])
         loss.backward()
@@ -169,10 +166,10 @@ def cost(args: argparse.Namespace) -> None:
             for way, method in ways().items():
                 if any((p["turn"], p["tokens"], p["attention"]) == (turn, length, way) for p in points):
                     continue
-                inlay.adapt(model, method)
+                adapter = inlay.adapt(model, method)
                 ids = splits["test"][turn][None, :length]
                 began = time.process_time()
-                peak = step_bytes(model, ids)
+                peak = step_bytes(adapter, ids)
                 seconds = time.process_time() - began
                 points.append({"turn": turn, "tokens": length, "attention": way, "seconds": seconds, "peak": peak})
                 inlay.detach(model)
@@ -187,9 +184,10 @@ def ways() -> dict[str, Any]:
     return {"S²-Attn, 4 groups": LongLoRA(), "full, fused kernel": list(LongLoRA().beside())}
 
 
-def step_bytes(model: nn.Module, ids: Tensor) -> int:
+def step_bytes(adapter: Adapter, ids: Tensor) -> int:
     """Peak of a training step: what the model holds, AdamW's moments, activations and gradients."""
-    return step_memory(partial(mean_loss, model.train(), ids), model, {"input_ids": ids})[1]
+    model, optimizer = adapter.model, inlay.optimizer(adapter)
+    return step_memory(partial(mean_loss, model.train(), ids), model, {"input_ids": ids}, optimizer)[1]
 
 
 def predicted(length: int) -> int:
@@ -198,9 +196,9 @@ def predicted(length: int) -> int:
     config._attn_implementation = "eager"
     with fake():
         model = skeleton(config, "causal-lm", torch.bfloat16)
-        inlay.adapt(model, ways()["full, fused kernel"])
+        adapter = inlay.adapt(model, ways()["full, fused kernel"])
         model.activation_checkpointing_enable({"use_reentrant": False})
-        return step_bytes(model, torch.zeros(1, length, dtype=torch.long))
+        return step_bytes(adapter, torch.zeros(1, length, dtype=torch.long))
 
 
 def publish_cost(points: list[dict[str, Any]], unfused: dict[int, int], args: argparse.Namespace) -> None:
@@ -242,11 +240,6 @@ def publish_cost(points: list[dict[str, Any]], unfused: dict[int, int], args: ar
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     own = {k: v for k, v in vars(args).items() if k != "run"}
     return {**own, "model": MODEL, "data": DATA, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, what: Any) -> None:

@@ -22,8 +22,6 @@ from inlay.core.matrices import Matrix
 from inlay.core.options import check_known, option, options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.optim import Optimizer
 
     from inlay.core.sites import Site
