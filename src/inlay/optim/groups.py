@@ -32,8 +32,8 @@ def optimizer(
 
     Args:
         learning_rate: for all tensors; each method's own by default.
-        rate_factor: on the methods' own rates. They suit encoders with norms after the residual and short runs; networks
-            with norms before it (ViT, DINOv2) or long runs want 0.1 to 0.3.
+        rate_factor: on the methods' own rates. They suit encoders with norms after the residual, and short runs;
+            networks with norms before it (ViT, DINOv2) or long runs want 0.1 to 0.3.
         head_learning_rate: of the task head; `learning_rate`, else the head's own, by default.
         weight_decay: AdamW's decay of matrices; vectors never decay.
         lora_plus: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B-like tensors, see `is_fast`, learn at so many times
