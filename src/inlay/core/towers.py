@@ -18,12 +18,33 @@ from torch import Tensor, nn
 from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
 from inlay.core.errors import CheckpointError, SiteError
 from inlay.core.hosts import host_of
-from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, TokenMethod
-from inlay.core.rows import rows_of
+from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, SideAttentionMethod, TokenMethod
+from inlay.core.rows import Rows, rows_of
 from inlay.core.sites import Site
 
 if TYPE_CHECKING:
     from inlay.core.where import Finder, Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class Maker:
+    """A projection to the keys or values of an attention, and the norm after it."""
+
+    module: nn.Module
+    rows: Rows | None
+    """Which of its outputs, where it has others beside them."""
+    norm: nn.Module | None = None
+
+    def __call__(self, x: Tensor, heads: int) -> Tensor:
+        """(p, width) ↦ (heads, p, size); only the modules' own forward runs, nothing attached to them."""
+        y = self.module.forward(x)
+        y = y if self.rows is None else self.rows.take(y, -1)
+        if self.norm is None:
+            return y.unflatten(-1, (heads, -1)).transpose(0, 1)
+        scale = self.norm._parameters.get("weight")
+        if scale is not None and scale.shape[0] == y.shape[-1]:
+            return self.norm.forward(y).unflatten(-1, (heads, -1)).transpose(0, 1)
+        return self.norm.forward(y.unflatten(-1, (heads, -1))).transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +63,16 @@ class Spot:
     width: int
     """Features that keys are made from."""
     is_cross: bool
+    queries: int = 0
+    """Query heads; 0 where the query projection is unknown."""
+    makers: tuple[Maker, Maker] | None = None
+    """What makes its keys and its values out of hidden states, before rotary positions."""
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, p, size) of hidden states x (p, width), as the module makes them now."""
+        assert self.makers is not None
+        keys, values = (maker(x, self.heads) for maker in self.makers)
+        return keys, values
 
     def within(self, part: Part) -> bool:
         """Whether a place is this attention or around it."""
@@ -140,12 +171,37 @@ def read_tower(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> 
 
 def read_spot(modules: Mapping[str, nn.Module], parts: dict[str, Part], prefix: str, a: Attention) -> Iterator[Spot]:
     """An attention and the shapes of its keys, if its key projection is known."""
-    name = f"block[{a.depth}].{'cross' if a.is_cross else 'attn'}"
-    part = parts.get(f"{name}.k")
+    block = f"block[{a.depth}]"
+    name = f"{block}.{'cross' if a.is_cross else 'attn'}"
+    query, key, value = (projection(modules, parts.get(f"{name}.{role}")) for role in "qkv")
+    if key is None:
+        return
+    norm = parts.get(f"{block}.k_norm")
+    size, makers = key.d_out // a.n_kv_heads, None
+    if value is not None:
+        makers = Maker(key.module, key.rows, modules[norm.path] if norm else None), Maker(value.module, value.rows)
+    yield Spot(
+        a.path, modules[a.path], prefix + name, a.depth, a.n_kv_heads, size, key.d_in, a.is_cross,
+        query.d_out // size if query else 0, makers,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A matrix of an attention, or its part of a packed one."""
+
+    module: nn.Module
+    rows: Rows | None
+    d_out: int
+    d_in: int
+
+
+def projection(modules: Mapping[str, nn.Module], part: Part | None) -> Projection | None:
+    """The projection at a place; None where there is none, or inlay does not know its kind."""
     module = modules[part.path] if part else None
     host = host_of(module) if module else None
     if part is None or module is None or host is None:
-        return
+        return None
     if isinstance(module, nn.Linear):  # a quantised one stores another shape
         d_out, d_in = module.out_features, module.in_features
     else:
@@ -153,8 +209,7 @@ def read_spot(modules: Mapping[str, nn.Module], parts: dict[str, Part], prefix: 
         assert weight is not None
         d_out, d_in = (int(n) for n in host.to_matrix(weight).shape)
     rows = rows_of(part.rows)
-    size = (d_out if rows is None else rows.count) // a.n_kv_heads
-    yield Spot(a.path, modules[a.path], prefix + name, a.depth, a.n_kv_heads, size, d_in, a.is_cross)
+    return Projection(module, rows, d_out if rows is None else rows.count, d_in)
 
 
 def common(paths: list[str]) -> str:
@@ -186,7 +241,7 @@ def token_sites(
             found = [prompt_site(method, tower) for tower in entered(method, known, pattern, parts)]
             found = [site for site in found if site.name not in {part.name for part in left_out}]
         else:
-            at = attention_site if isinstance(method, AttentionMethod) else prefix_site
+            at = attention_site if isinstance(method, AttentionMethod | SideAttentionMethod) else prefix_site
             found = [
                 at(method, tower, spots) for tower in known if (spots := chosen(tower, parts, left_out, finder.layers))
             ]
@@ -205,7 +260,16 @@ def token_sites(
         )  # fmt: skip
     for site in sites.values():
         site.peers = list(sites.values())
+        if isinstance(method, SideAttentionMethod):
+            depth = {spot.path: spot.depth for spot in spots_of(site)}
+            site.parts = sorted(depth, key=depth.__getitem__)[-method.layers :]
     return list(sites.values())
+
+
+def spots_of(site: Site) -> list[Spot]:
+    """The attentions of a site."""
+    assert site.tower is not None
+    return site.tower.at(site.parts)
 
 
 def entered(method: PromptMethod, known: list[Tower], pattern: Pattern, parts: list[Part]) -> list[Tower]:
@@ -262,6 +326,10 @@ def prefix_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
 
 def attention_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
     """The causal attentions among these; SiteError where there are none, or one computes more than attention."""
+    if isinstance(method, SideAttentionMethod):
+        blind = [spot for spot in spots if spot.makers is None or not spot.queries]
+        if blind:
+            raise SiteError(f"{method.label()} needs the projections of '{blind[0].path}', which inlay does not know")
     causal = [spot for spot in spots if getattr(spot.module, "is_causal", False)]
     if not causal or any(spot.is_cross for spot in tower.spots):
         why = "attends to an encoder" if causal else "has no causal attention"
