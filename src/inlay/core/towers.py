@@ -19,6 +19,7 @@ from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
 from inlay.core.errors import CheckpointError, SiteError
 from inlay.core.hosts import host_of
 from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, SideAttentionMethod, TokenMethod
+from inlay.core.quantised import is_quantised, shape
 from inlay.core.rows import Rows, rows_of
 from inlay.core.sites import Site
 
@@ -202,8 +203,8 @@ def projection(modules: Mapping[str, nn.Module], part: Part | None) -> Projectio
     host = host_of(module) if module else None
     if part is None or module is None or host is None:
         return None
-    if isinstance(module, nn.Linear):  # a quantised one stores another shape
-        d_out, d_in = module.out_features, module.in_features
+    if is_quantised(module):
+        d_out, d_in = shape(module)
     else:
         weight = module._parameters[part.param]
         assert weight is not None
