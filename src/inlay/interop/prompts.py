@@ -31,8 +31,8 @@ VIRTUAL = (
 )  # fmt: skip
 KEY = "prompt_embeddings"
 OUTPUTS = (
-    "Outputs are those of the user's tokens, which PEFT gives after the virtual ones; a left-padded row has its virtual "
-    "tokens after the padding, PEFT's has them before it"
+    "Outputs are those of the user's tokens, which PEFT gives after the virtual ones; a left-padded row has its "
+    "virtual tokens after the padding, PEFT's has them before it"
 )
 
 
