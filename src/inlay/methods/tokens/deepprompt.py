@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay.core.draws import kept
 from inlay.core.method import PrefixMethod, option
 from inlay.core.sites import Site
 from inlay.core.towers import Spot, spots_of
@@ -25,7 +26,7 @@ class DeepPrompt(PrefixMethod):
     scale: float = option(default=0.02, doc="deviation of the normal start", low=0.0)
     reparameterize: bool = option(default=False, doc="train P through an MLP, which is folded away when saved")
     hidden: int = option(default=512, doc="width m of that MLP", low=1)
-    dropout: float = option(default=0.0, doc="dropout on P", low=0.0, high=1.0)
+    dropout: float = option(default=0.0, doc="dropout on P", low=0.0, high=0.99)
 
     @abstractmethod
     def start(self, site: Site, spots: list[Spot]) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,12 @@ class DeepPrompt(PrefixMethod):
     # ------------------------------------------------------------------ what the attentions see
     def prefix(self, i: int) -> tuple[Tensor, Tensor]:
         P_k, P_v = self.whole(i)
-        return F.dropout(P_k, self.dropout, self.training), F.dropout(P_v, self.dropout, self.training)
+        return self.drop(P_k), self.drop(P_v)
+
+    def drop(self, P: Tensor) -> Tensor:
+        """P with dropout, of the same draw compiled and not."""
+        rests = self.training and self.dropout > 0.0
+        return P * (kept(tuple(P.shape), self.dropout, P) / (1 - self.dropout)) if rests else P
 
     def whole(self, i: int) -> tuple[Tensor, Tensor]:
         """P_k and P_v of one attention, before dropout."""

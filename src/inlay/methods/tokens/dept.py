@@ -23,7 +23,7 @@ class DePT(WordedPrompt):
     """
 
     paper: ClassVar[str] = "Shi & Lipani 2023, arXiv 2309.05173"
-    learning_rate: ClassVar[float] = 2e-1
+    learning_rate: ClassVar[float] = 1e-1
 
     tokens: int = option(default=40, doc="virtual tokens m", low=1)
     r: int = option(default=45, doc="rank of the change", low=1)

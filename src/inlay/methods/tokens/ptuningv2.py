@@ -23,11 +23,11 @@ class PTuningV2(DeepPrompt):
 
     paper: ClassVar[str] = "Liu et al. 2021, arXiv 2110.07602"
     where: ClassVar[tuple[str, ...]] = ("attn",)
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     init: Literal["normal", "zero"] = option(default="normal", doc="start at noise or at zero")
     scale: float = option(default=1.0, doc="deviation of the normal start", low=0.0)
-    dropout: float = option(default=0.1, doc="dropout on P", low=0.0, high=1.0)
+    dropout: float = option(default=0.1, doc="dropout on P", low=0.0, high=0.99)
 
     def start(self, site: Site, spots: list[Spot]) -> tuple[Tensor, Tensor]:
         return self.drawn(spots)
