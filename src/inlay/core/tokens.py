@@ -171,7 +171,8 @@ class Entry(TokenMount):
         batch, n = given.shape[:2]
         groups: list[tuple[list[str], Tensor | None]] = [(self.inlay.active, None)]
         if self.inlay.routes is not None:
-            groups = [([name], rows) for name, rows in self.inlay.route_groups(batch, self.path)]
+            routed = self.inlay.route_groups(batch, self.path)
+            groups = [([name], rows.to(given.device)) for name, rows in routed]
         changing = [(m, rows) for names, rows in groups for m in self.methods(names) if isinstance(m, PromptMethod)]
         position, X = torch.arange(seen, seen + n, device=given.device)[None], None
         if mask is not None:

@@ -17,35 +17,12 @@ from torch import Tensor, nn
 
 from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
 from inlay.core.errors import CheckpointError, SiteError
-from inlay.core.hosts import host_of
 from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, SideAttentionMethod, TokenMethod
-from inlay.core.quantised import is_quantised, shape
-from inlay.core.rows import Rows, rows_of
+from inlay.core.projections import Projection, projection
 from inlay.core.sites import Site
 
 if TYPE_CHECKING:
     from inlay.core.where import Finder, Pattern
-
-
-@dataclass(frozen=True, eq=False)
-class Maker:
-    """A projection to the keys or values of an attention, and the norm after it."""
-
-    module: nn.Module
-    rows: Rows | None
-    """Which of its outputs, where it has others beside them."""
-    norm: nn.Module | None = None
-
-    def __call__(self, x: Tensor, heads: int) -> Tensor:
-        """(p, width) ↦ (heads, p, size); only the modules' own forward runs, nothing attached to them."""
-        y = self.module.forward(x)
-        y = y if self.rows is None else self.rows.take(y, -1)
-        if self.norm is None:
-            return y.unflatten(-1, (heads, -1)).transpose(0, 1)
-        scale = self.norm._parameters.get("weight")
-        if scale is not None and scale.shape[0] == y.shape[-1]:
-            return self.norm.forward(y).unflatten(-1, (heads, -1)).transpose(0, 1)
-        return self.norm.forward(y.unflatten(-1, (heads, -1))).transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +41,19 @@ class Spot:
     width: int
     """Features that keys are made from."""
     is_cross: bool
-    queries: int = 0
-    """Query heads; 0 where the query projection is unknown."""
-    makers: tuple[Maker, Maker] | None = None
-    """What makes its keys and its values out of hidden states, before rotary positions."""
+    query: Projection | None
+    key: Projection
+    value: Projection | None
+
+    @property
+    def queries(self) -> int:
+        """Query heads; 0 where their projection is unknown."""
+        return 0 if self.query is None else self.query.d_out // self.size
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (heads, p, size) of hidden states x (p, width), as the module makes them now."""
-        assert self.makers is not None
-        keys, values = (maker(x, self.heads) for maker in self.makers)
-        return keys, values
+        """Keys, before rotary positions, and values (heads, p, size) of hidden states x (p, width)."""
+        assert self.value is not None
+        return self.key.heads(x, self.heads), self.value.heads(x, self.heads)
 
     def within(self, part: Part) -> bool:
         """Whether a place is this attention or around it."""
@@ -174,43 +154,13 @@ def read_spot(modules: Mapping[str, nn.Module], parts: dict[str, Part], prefix: 
     """An attention and the shapes of its keys, if its key projection is known."""
     block = f"block[{a.depth}]"
     name = f"{block}.{'cross' if a.is_cross else 'attn'}"
-    query, key, value = (projection(modules, parts.get(f"{name}.{role}")) for role in "qkv")
-    if key is None:
-        return
-    norm = parts.get(f"{block}.k_norm")
-    size, makers = key.d_out // a.n_kv_heads, None
-    if value is not None:
-        makers = Maker(key.module, key.rows, modules[norm.path] if norm else None), Maker(value.module, value.rows)
-    yield Spot(
-        a.path, modules[a.path], prefix + name, a.depth, a.n_kv_heads, size, key.d_in, a.is_cross,
-        query.d_out // size if query else 0, makers,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A matrix of an attention, or its part of a packed one."""
-
-    module: nn.Module
-    rows: Rows | None
-    d_out: int
-    d_in: int
-
-
-def projection(modules: Mapping[str, nn.Module], part: Part | None) -> Projection | None:
-    """The projection at a place; None where there is none, or inlay does not know its kind."""
-    module = modules[part.path] if part else None
-    host = host_of(module) if module else None
-    if part is None or module is None or host is None:
-        return None
-    if is_quantised(module):
-        d_out, d_in = shape(module)
-    else:
-        weight = module._parameters[part.param]
-        assert weight is not None
-        d_out, d_in = (int(n) for n in host.to_matrix(weight).shape)
-    rows = rows_of(part.rows)
-    return Projection(module, rows, d_out if rows is None else rows.count, d_in)
+    query, value = (projection(modules, parts.get(f"{name}.{role}")) for role in "qv")
+    key = projection(modules, parts.get(f"{name}.k"), parts.get(f"{block}.k_norm"))
+    if key is not None:
+        size = key.d_out // a.n_kv_heads
+        yield Spot(
+            a.path, modules[a.path], prefix + name, a.depth, a.n_kv_heads, size, key.d_in, a.is_cross, query, key, value
+        )
 
 
 def common(paths: list[str]) -> str:
@@ -328,7 +278,7 @@ def prefix_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
 def attention_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
     """The causal attentions among these; SiteError where there are none, or one computes more than attention."""
     if isinstance(method, SideAttentionMethod):
-        blind = [spot for spot in spots if spot.makers is None or not spot.queries]
+        blind = [spot for spot in spots if spot.query is None or spot.value is None]
         if blind:
             raise SiteError(f"{method.label()} needs the projections of '{blind[0].path}', which inlay does not know")
     causal = [spot for spot in spots if getattr(spot.module, "is_causal", False)]
