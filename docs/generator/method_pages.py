@@ -7,7 +7,7 @@ from typing import Any
 
 from inlay.catalogue import describe
 from inlay.core.companion import Companion
-from inlay.core.method import REGISTRY, AttentionMethod, Method, method_class
+from inlay.core.method import REGISTRY, AttentionMethod, Method, SideAttentionMethod, method_class
 from inlay.core.options import Option, options
 from inlay.core.statistics import Calibrated
 
@@ -15,6 +15,8 @@ from .counts import ARCHITECTURES, Count
 from .markdown import HEADER, Notes, code, linked, table
 from .measure import Cell, takes
 
+OF_DECODERS = AttentionMethod, SideAttentionMethod
+"""Families that no encoder can take."""
 KINDS = {
     "input": "what goes into the model: pixels",
     "tokens": "the token sequence, keys and values",
@@ -188,7 +190,7 @@ def snippet(cls: type[Method]) -> str:
     if issubclass(cls, Companion):
         imports, call = imports | {"LoRA"}, f"[LoRA(), {call}]"
     step = PROBE if cls.probe is not Method.probe else STEP if cls.step is not Method.step else ""
-    text = DECODER if issubclass(cls, AttentionMethod) else SNIPPET
+    text = DECODER if issubclass(cls, OF_DECODERS) else SNIPPET
     text = text.format(imports=", ".join(sorted(imports)), call=call, step=step,
                        start=START if issubclass(cls, Calibrated) else "",
                        quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
@@ -207,7 +209,7 @@ def command_lines(cls: type[Method], counts: Counts) -> str:
         chosen, method = "", f'"[lora, {cls.name()}]"'
     arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
     chosen += f" --quantize {cls.needs}" if cls.needs else ""
-    what = "smollm2-135m-instruct --data gutenberg" if issubclass(cls, AttentionMethod) else "minilm --data trec"
+    what = "smollm2-135m-instruct --data gutenberg" if issubclass(cls, OF_DECODERS) else "minilm --data trec"
     train = f"inlay train --model {what} --method {method}{chosen} --output runs/{cls.name()}"
     return (
         f"```bash\ninlay plan --arch {arch} --method {method}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"

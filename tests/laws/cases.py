@@ -82,6 +82,10 @@ SETTINGS: dict[str, list[str]] = {
     "loreft": ["loreft(r=2, positions='f2+l1')", "loreft(r=2, init='paper', positions='all')"],
     "direft": ["direft(r=2, positions='f2+l1')"],
     "prompttuning": ["prompttuning(tokens=3)"],
+    "ptuning": ["ptuning(tokens=3, hidden=3)", "ptuning(tokens=2, encoder='mlp', hidden=6)"],
+    "ptuningv2": ["ptuningv2(tokens=3)", "ptuningv2(tokens=2, reparameterize=true, hidden=6)"],
+    "dept": ["dept(tokens=2, r=3, length=9)"],
+    "llamaadapter": ["llamaadapter(tokens=3)", "llamaadapter(tokens=2, layers=1, gate='plain')"],
     "prefixtuning": ["prefixtuning(tokens=3)", "prefixtuning(tokens=2, reparameterize=true, hidden=6)"],
 }
 """Small settings by method; a method that is not listed runs with its defaults."""

@@ -37,12 +37,17 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     # what W of a grouped convolution cannot express
     ("RoAd", {"conv1d-same", "conv2d-groups"}, "would mix the outputs of different groups of 'conv'"),
     # no seam in the base's own code where the method could enter
-    ("PromptTuning", {"vit"}, "its forward has no `inputs_embeds`"),
+    *((name, {"vit"}, "its forward has no `inputs_embeds`") for name in ("PromptTuning", "PTuning", "DePT")),
     ("LongLoRA", {"bert", "classifier", "vit"}, "is for decoders that stand alone: .* has no causal attention"),
     ("LongLoRA", {"gpt-oss"}, "computes plain causal attention, but GptOssAttention also has s_aux"),
     ("LongLoRA", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
     ("LongLoRA(stretch", {"gpt2-mlp", "gemma"}, "stretches rotary positions, and '.*' has none of a single kind"),
-    ("PrefixTuning", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
+    *(
+        (name, {"falcon"}, "finds no attention .* that goes through transformers' attention interface")
+        for name in ("PrefixTuning", "PTuningV2", "LLaMAAdapter")
+    ),
+    ("LLaMAAdapter", {"bert", "classifier", "vit"}, "is for decoders that stand alone: .* has no causal attention"),
+    ("LLaMAAdapter", {"gpt-oss"}, "plain causal attention, but GptOssAttention also has s_aux"),
     # a stored number of few bits cannot be trained
     ("GaLore", PACKED, "which is quantised: leave it out with exclude="),
     ("Full", PACKED, "which is quantised: leave it out with exclude="),

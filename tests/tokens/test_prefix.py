@@ -24,6 +24,7 @@ from token_models import (
     seq2seq,
 )
 from torch import Tensor, nn
+from written import WRITTEN, Attend, attention, causal, heads, llama
 
 import inlay
 from inlay.core.errors import AdapterError, CheckpointError, OptionError, SiteError
@@ -41,71 +42,24 @@ def prefixed(model: nn.Module, name: str = "default", seed: int = 3, where: Any 
 
 
 # ------------------------------------------------------------------------------------------------ oracles
-def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """softmax(q kᵀ) v with heads repeated; (batch, heads, tokens, size) each, allowed (batch, 1, queries, keys)."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    weights = (q @ k.transpose(2, 3) * scale).masked_fill(~allowed, -torch.inf).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
-
-
-def heads(x: Tensor, size: int) -> Tensor:
-    return x.unflatten(-1, (-1, size)).transpose(1, 2)
-
-
 def before(P_k: Tensor, k: Tensor) -> Tensor:
     return torch.cat([P_k.detach().expand(len(k), -1, -1, -1), k], 2)
 
 
-def causal(mask: Tensor) -> Tensor:
-    """Which keys a query may see: the prefix, and real tokens up to itself."""
-    n = mask.shape[1]
-    past = torch.ones(n, n, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
-    return torch.cat([torch.ones(len(mask), 1, n, P, dtype=torch.bool), past], 3)
+def prefixing(method: Any, mask: Tensor) -> Attend:
+    """Attention to a prefix and to real tokens up to the query."""
+    allowed = torch.cat([torch.ones(len(mask), 1, mask.shape[1], P, dtype=torch.bool), causal(mask)], 3)
 
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, before(method.P_k[i], k), before(method.P_v[i], v), allowed, 8**-0.5)
 
-def llama(model: nn.Module, x: Tensor, mask: Tensor, positions: Tensor, method: Any) -> Tensor:
-    """A Llama written out, with a prefix in every layer."""
-    body, size = model.model, 8
-
-    def norm(module: nn.Module, h: Tensor) -> Tensor:
-        return module.weight * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
-
-    def turn(t: Tensor) -> Tensor:
-        angles = positions[:, None, :, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
-        cos, sin = (torch.cat([f(angles), f(angles)], -1) for f in (torch.cos, torch.sin))
-        return t * cos + torch.cat([-t[..., size // 2 :], t[..., : size // 2]], -1) * sin
-
-    h = body.embed_tokens.weight[x]
-    for i, layer in enumerate(body.layers):
-        a, z = layer.self_attn, norm(layer.input_layernorm, h)
-        q, k, v = (heads(z @ m.weight.T, size) for m in (a.q_proj, a.k_proj, a.v_proj))
-        k, v = before(method.P_k[i], turn(k)), before(method.P_v[i], v)
-        h = h + attention(turn(q), k, v, causal(mask), size**-0.5) @ a.o_proj.weight.T
-        z, m = norm(layer.post_attention_layernorm, h), layer.mlp
-        h = h + (F.silu(z @ m.gate_proj.weight.T) * (z @ m.up_proj.weight.T)) @ m.down_proj.weight.T
-    return norm(body.norm, h) @ model.lm_head.weight.T
-
-
-def gpt2(model: nn.Module, x: Tensor, mask: Tensor, positions: Tensor, method: Any) -> Tensor:
-    """A GPT-2 written out, with a prefix in every layer."""
-    body, size = model.transformer, 8
-    h = body.wte.weight[x] + body.wpe.weight[positions]
-    for i, layer in enumerate(body.h):
-        z = layer.ln_1(h)
-        q, k, v = (heads(t, size) for t in (z @ layer.attn.c_attn.weight + layer.attn.c_attn.bias).chunk(3, -1))
-        k, v = before(method.P_k[i], k), before(method.P_v[i], v)
-        out = attention(q, k, v, causal(mask), size**-0.5)
-        h = h + out @ layer.attn.c_proj.weight + layer.attn.c_proj.bias
-        m = layer.mlp
-        z = layer.ln_2(h) @ m.c_fc.weight + m.c_fc.bias
-        h = h + F.gelu(z, approximate="tanh") @ m.c_proj.weight + m.c_proj.bias
-    return body.ln_f(h) @ model.lm_head.weight.T
+    return attend
 
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 @pytest.mark.parametrize("how", ["eager", "sdpa"])
-@pytest.mark.parametrize(("name", "written"), [("llama", llama), ("gpt2", gpt2)])
+@pytest.mark.parametrize(("name", "written"), WRITTEN.items())
 def test_a_decoder_written_out(name: str, written: Any, how: str, side: str, shift: bool) -> None:
     model = decoder(name, attention=how)
     method = prefixed(model, shift=shift)
@@ -118,7 +72,7 @@ def test_a_decoder_written_out(name: str, written: Any, how: str, side: str, shi
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         batch["position_ids"] = positions
     with torch.no_grad():
-        hand = written(model, batch["input_ids"], mask, positions + (P if shift else 0), method)
+        hand = written(model, batch["input_ids"], positions + (P if shift else 0), prefixing(method, mask))
     close(model(**batch).logits[mask.bool()], hand[mask.bool()])
 
 
@@ -328,7 +282,7 @@ def test_with_a_weight_method_beside_it() -> None:
         for key in [key for key in levels if "proj" in key]:
             model.get_submodule(key)._parameters["weight"] += levels[key].delta().dense()
         inlay.use(model)
-        hand = llama(model, x, torch.ones(2, 9), torch.arange(9).expand(2, -1), levels["model.prefix"])
+        hand = llama(model, x, torch.arange(9).expand(2, -1), prefixing(levels["model.prefix"], torch.ones(2, 9)))
     close(out, hand)
 
 

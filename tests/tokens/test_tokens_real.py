@@ -10,7 +10,7 @@ from token_models import close, generated, same_without_cache
 
 import inlay
 import inlay.models
-from inlay.methods import PrefixTuning, PromptTuning
+from inlay.methods import DePT, LLaMAAdapter, PrefixTuning, PromptTuning, PTuning, PTuningV2
 
 STORIES = ["Tim had a big red ball. He", "One day"]
 TARGET = "Sara saw a green frog. The frog said hello to Sara and they sang a song."
@@ -22,6 +22,10 @@ TARGET = "Sara saw a green frog. The frog said hello to Sara and they sang a son
         PromptTuning(tokens=8),
         PrefixTuning(tokens=8, init="vocabulary"),
         PrefixTuning(tokens=8, reparameterize=True, hidden=64),
+        PTuning(tokens=8),
+        PTuningV2(tokens=8),
+        DePT(tokens=8, r=8),
+        LLaMAAdapter(),
     ],
 )
 def test_stories(method: Any, tmp_path: Any) -> None:

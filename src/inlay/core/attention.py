@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.errors import AdapterError, SiteError
-from inlay.core.method import PrefixMethod
+from inlay.core.method import PrefixMethod, SideAttentionMethod
 from inlay.core.sequences import attended, attending
 from inlay.core.tokens import TokenMount
 
@@ -166,8 +166,39 @@ class AttentionMount(TokenMount):
             visible[rows, :n] = True
         return K, V, visible
 
+    # ------------------------------------------------------------------ attention beside the base's
+    def aside(self, query: Tensor, rest: dict[str, Any]) -> Tensor | None:
+        """What is added to the attention, (batch, n, heads, size); None for nothing."""
+        scale = rest.get("scaling")
+        if self.inlay.routes is None:
+            found = self.beside(self.inlay.active, query, scale)
+            return None if found is None else found.transpose(1, 2)
+        whole: Tensor | None = None
+        for name, rows in self.inlay.route_groups(query.shape[0], self.path):
+            rows = rows.to(query.device)
+            part = self.beside([name], query[rows], scale)
+            if part is not None:
+                whole = part.new_zeros(len(query), *part.shape[1:]) if whole is None else whole
+                whole = whole.index_copy(0, rows, part)
+        return None if whole is None else whole.transpose(1, 2)
+
+    def beside(self, names: Sequence[str], query: Tensor, scale: float | None) -> Tensor | None:
+        """The same of these adapters together, laid out like the queries."""
+        found: Tensor | None = None
+        for level in [level for name in names for level in self.levels.get(name, ())]:
+            if isinstance(level.method, SideAttentionMethod):
+                part = level.method.aside(level.site.parts.index(self.path), query, scale)
+                found = part if found is None else found + part
+        return found
+
     # ------------------------------------------------------------------ the attention
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, rest: dict[str, Any]) -> tuple:
+        output, weights = self.main(query, key, value, mask, rest)
+        aside = self.aside(query, rest)
+        return output if aside is None else output + aside, weights
+
+    def main(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, rest: dict[str, Any]) -> tuple:
+        """Attention to the sequence, and to prefixes before it."""
         method = attending(self)
         # with a cache there are more keys than queries, and a sliding window is local already
         if method is not None and query.shape[2] == key.shape[2] and rest.get("sliding_window") is None:

@@ -15,7 +15,7 @@ from inlay.core.attention import AttentionMount
 from inlay.core.calls import first, tensors_in
 from inlay.core.companion import Companion
 from inlay.core.errors import AdapterError, RouteError, near
-from inlay.core.method import AttentionMethod, Method
+from inlay.core.method import AttentionMethod, Method, SideAttentionMethod
 from inlay.core.mount import Level, Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.rotary import Rotary, rotaries
@@ -213,14 +213,15 @@ class Inlay(nn.Module):
     def token_mounts(self, site: Site, method: Method) -> list[TokenMount]:
         """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions.
 
-        One that changes the attention itself has the tower's rotary embeddings in the entry's stead.
+        One that changes the attention itself has the tower's rotary embeddings in the entry's stead, one that attends
+        beside it has the attentions alone.
         """
         assert site.tower is not None
         tokens = self.state.tokens
-        found: list[TokenMount]
+        found: list[TokenMount] = []
         if isinstance(method, AttentionMethod):
             found = [tokens.get(path) or Rotary(module, self, path) for path, module in rotaries(site)]
-        else:
+        elif not isinstance(method, SideAttentionMethod):
             found = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
         for spot in site.tower.at(site.parts):
             found.append(tokens.get(spot.path) or AttentionMount(spot.module, self, spot.path))

@@ -351,6 +351,14 @@ class PromptMethod(TokenMethod):
     def prompt(self) -> Tensor:
         """P (p, d), in the space of the input embeddings."""
 
+    def added(self, position: Tensor, n: int) -> Tensor | None:
+        """What is added to the input embeddings of the user's tokens, (batch or 1, tokens, d); None for nothing.
+
+        `position` (batch or 1, tokens) counts the user's tokens from 0, without padding before them; n is how many
+        there are by now at most, those in the cache included.
+        """
+        return None
+
 
 class PrefixMethod(TokenMethod):
     """K′ = [P_k; K], V′ = [P_v; V]: keys and values before those of the tokens, in each attention of the site."""
@@ -360,6 +368,24 @@ class PrefixMethod(TokenMethod):
     @abstractmethod
     def prefix(self, i: int) -> tuple[Tensor, Tensor]:
         """P_k and P_v, (key-value heads, p, head size) each, of the site's i-th attention."""
+
+
+class SideAttentionMethod(TokenMethod):
+    """O′ = O + `aside(i, q, scale)`: attention to tokens of the method's own, in a softmax apart from the base's."""
+
+    tokens: int = option(default=10, doc="virtual tokens p", low=1)
+    layers: int = option(default=30, doc="attentions that it acts in, counted from the top; all, if fewer", low=1)
+
+    @property
+    def starts_at_base(self) -> bool:
+        return True
+
+    @abstractmethod
+    def aside(self, i: int, q: Tensor, scale: float | None) -> Tensor:
+        """What is added to the site's i-th attention, (batch, heads, n, size) like its queries q, before attn.o.
+
+        `scale` is the factor on the base's scores, None for 1/√size.
+        """
 
 
 class AttentionMethod(Method):
@@ -469,6 +495,6 @@ def uniform(shape: tuple[int, ...], bound: float) -> Tensor:
 
 __all__ = [
     "REGISTRY", "AttentionMethod", "ComposeError", "DeltaMethod", "HiddenMethod", "Method", "ParameterMethod",
-    "Placement", "PrefixMethod", "PromptMethod", "TokenMethod", "WeightMethod", "method_class", "method_from", "option",
-    "register", "uniform",
+    "Placement", "PrefixMethod", "PromptMethod", "SideAttentionMethod", "TokenMethod", "WeightMethod", "method_class",
+    "method_from", "option", "register", "uniform",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.core.errors import AdapterError, RouteError
-from inlay.core.method import AttentionMethod, TokenMethod
+from inlay.core.method import AttentionMethod, PrefixMethod, PromptMethod
 
 if TYPE_CHECKING:
     from inlay.core.container import Call
@@ -30,7 +30,8 @@ def attending(mount: TokenMount) -> AttentionMethod | None:
         return None
     if inlay.routes is not None:
         raise RouteError(f"{found[-1].label()} attends for whole batches while it is trained: route rows after eval()")
-    if any(isinstance(m, TokenMethod) for other in inlay.state.tokens.values() for m in other.methods(names)):
+    every = [m for other in inlay.state.tokens.values() for m in other.methods(names)]
+    if any(isinstance(m, PromptMethod | PrefixMethod) for m in every):
         raise AdapterError(
             f"{found[-1].label()} attends within groups of tokens, which would not see the virtual tokens before the "
             "first of them: train prompts and prefixes in another run"

@@ -150,19 +150,47 @@ class Entry(TokenMount):
             return (), kwargs
         if mask is not None:
             kwargs["attention_mask"] = virtual.widen(mask)
+        self.change(kwargs, mask, given, max(0, (past or 0) - virtual.width))
         if not past:
             self.prepend(kwargs, virtual, mask)
             self.total, self.cut = virtual.width + n, 0 if self.kept(virtual) else virtual.width
         self.tell(virtual, mask, given, past)
         return (), kwargs
 
-    def prepend(self, kwargs: dict[str, Any], virtual: Virtual, mask: Tensor | None) -> None:
-        """Embeddings and token types with the virtual tokens before them."""
+    def embedded(self, kwargs: dict[str, Any]) -> Tensor:
+        """The input embeddings of the user's tokens."""
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             assert self.tower.embedding is not None
             with assembled(self.tower.embedding):  # FSDP2 has not put it together where it wraps a module around it
                 embeds = self.tower.embedding(kwargs["input_ids"])
+        return embeds
+
+    def change(self, kwargs: dict[str, Any], mask: Tensor | None, given: Tensor, seen: int) -> None:
+        """Add to the embeddings what prompts change in them (DePT); `seen` tokens of the user's are in the cache."""
+        batch, n = given.shape[:2]
+        groups: list[tuple[list[str], Tensor | None]] = [(self.inlay.active, None)]
+        if self.inlay.routes is not None:
+            routed = self.inlay.route_groups(batch, self.path)
+            groups = [([name], rows.to(given.device)) for name, rows in routed]
+        changing = [(m, rows) for names, rows in groups for m in self.methods(names) if isinstance(m, PromptMethod)]
+        position, X = torch.arange(seen, seen + n, device=given.device)[None], None
+        if mask is not None:
+            position = (position - left_padding(mask)).clamp(min=0)
+        for method, rows in changing:
+            here = position if rows is None or mask is None else position[rows]
+            part = method.added(here, seen + n)
+            if part is None:
+                continue
+            X = self.embedded(kwargs) if X is None else X
+            part = part.to(X.device, X.dtype)
+            X = X + part if rows is None else X.index_add(0, rows, part.expand(len(rows), -1, -1))
+        if X is not None:
+            kwargs["input_ids"], kwargs["inputs_embeds"] = None, X
+
+    def prepend(self, kwargs: dict[str, Any], virtual: Virtual, mask: Tensor | None) -> None:
+        """Embeddings and token types with the virtual tokens before them."""
+        embeds = self.embedded(kwargs)
         assert virtual.P is not None
         P = virtual.P.to(embeds.device, embeds.dtype).expand(embeds.shape[0], -1, -1)
         self.inlay.remember(P)

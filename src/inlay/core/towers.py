@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
 from inlay.core.errors import CheckpointError, SiteError
-from inlay.core.hosts import host_of
-from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, TokenMethod
-from inlay.core.rows import rows_of
+from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, SideAttentionMethod, TokenMethod
+from inlay.core.projections import Projection, projection
 from inlay.core.sites import Site
 
 if TYPE_CHECKING:
@@ -42,6 +41,19 @@ class Spot:
     width: int
     """Features that keys are made from."""
     is_cross: bool
+    query: Projection | None
+    key: Projection
+    value: Projection | None
+
+    @property
+    def queries(self) -> int:
+        """Query heads; 0 where their projection is unknown."""
+        return 0 if self.query is None else self.query.d_out // self.size
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, before rotary positions, and values (heads, p, size) of hidden states x (p, width)."""
+        assert self.value is not None
+        return self.key.heads(x, self.heads), self.value.heads(x, self.heads)
 
     def within(self, part: Part) -> bool:
         """Whether a place is this attention or around it."""
@@ -140,21 +152,15 @@ def read_tower(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> 
 
 def read_spot(modules: Mapping[str, nn.Module], parts: dict[str, Part], prefix: str, a: Attention) -> Iterator[Spot]:
     """An attention and the shapes of its keys, if its key projection is known."""
-    name = f"block[{a.depth}].{'cross' if a.is_cross else 'attn'}"
-    part = parts.get(f"{name}.k")
-    module = modules[part.path] if part else None
-    host = host_of(module) if module else None
-    if part is None or module is None or host is None:
-        return
-    if isinstance(module, nn.Linear):  # a quantised one stores another shape
-        d_out, d_in = module.out_features, module.in_features
-    else:
-        weight = module._parameters[part.param]
-        assert weight is not None
-        d_out, d_in = (int(n) for n in host.to_matrix(weight).shape)
-    rows = rows_of(part.rows)
-    size = (d_out if rows is None else rows.count) // a.n_kv_heads
-    yield Spot(a.path, modules[a.path], prefix + name, a.depth, a.n_kv_heads, size, d_in, a.is_cross)
+    block = f"block[{a.depth}]"
+    name = f"{block}.{'cross' if a.is_cross else 'attn'}"
+    query, value = (projection(modules, parts.get(f"{name}.{role}")) for role in "qv")
+    key = projection(modules, parts.get(f"{name}.k"), parts.get(f"{block}.k_norm"))
+    if key is not None:
+        size = key.d_out // a.n_kv_heads
+        yield Spot(
+            a.path, modules[a.path], prefix + name, a.depth, a.n_kv_heads, size, key.d_in, a.is_cross, query, key, value
+        )
 
 
 def common(paths: list[str]) -> str:
@@ -186,7 +192,7 @@ def token_sites(
             found = [prompt_site(method, tower) for tower in entered(method, known, pattern, parts)]
             found = [site for site in found if site.name not in {part.name for part in left_out}]
         else:
-            at = attention_site if isinstance(method, AttentionMethod) else prefix_site
+            at = attention_site if isinstance(method, AttentionMethod | SideAttentionMethod) else prefix_site
             found = [
                 at(method, tower, spots) for tower in known if (spots := chosen(tower, parts, left_out, finder.layers))
             ]
@@ -205,7 +211,16 @@ def token_sites(
         )  # fmt: skip
     for site in sites.values():
         site.peers = list(sites.values())
+        if isinstance(method, SideAttentionMethod):
+            depth = {spot.path: spot.depth for spot in spots_of(site)}
+            site.parts = sorted(depth, key=depth.__getitem__)[-method.layers :]
     return list(sites.values())
+
+
+def spots_of(site: Site) -> list[Spot]:
+    """The attentions of a site."""
+    assert site.tower is not None
+    return site.tower.at(site.parts)
 
 
 def entered(method: PromptMethod, known: list[Tower], pattern: Pattern, parts: list[Part]) -> list[Tower]:
@@ -262,6 +277,10 @@ def prefix_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
 
 def attention_site(method: Method, tower: Tower, spots: list[Spot]) -> Site:
     """The causal attentions among these; SiteError where there are none, or one computes more than attention."""
+    if isinstance(method, SideAttentionMethod):
+        blind = [spot for spot in spots if spot.query is None or spot.value is None]
+        if blind:
+            raise SiteError(f"{method.label()} needs the projections of '{blind[0].path}', which inlay does not know")
     causal = [spot for spot in spots if getattr(spot.module, "is_causal", False)]
     if not causal or any(spot.is_cross for spot in tower.spots):
         why = "attends to an encoder" if causal else "has no causal attention"

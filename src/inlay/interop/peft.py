@@ -25,6 +25,7 @@ from inlay.core.mount import Level
 from inlay.core.where import inside
 from inlay.interop import saved
 from inlay.interop.adalora import AdaloraFamily
+from inlay.interop.adaption import AdaptionFamily
 from inlay.interop.beft import BeftFamily
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import check
@@ -35,7 +36,7 @@ from inlay.interop.lora import LoraFamily
 from inlay.interop.lycoris import LohaFamily, LokrFamily
 from inlay.interop.matching import TASK_HEADS, saved_modules, task_of
 from inlay.interop.norms import NormFamily
-from inlay.interop.prompts import KEY, PrefixFamily, PromptFamily
+from inlay.interop.prompts import KEY, EncodedFamily, PrefixFamily, PromptFamily
 from inlay.interop.road import RoadFamily
 from inlay.interop.rotations import BoftFamily, OftFamily
 from inlay.interop.vblora import BANK, VbloraFamily
@@ -48,7 +49,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         AdaloraFamily(), VbloraFamily(), VeraFamily(), LoraFamily(), LohaFamily(), LokrFamily(), OftFamily(),
         BoftFamily(), RoadFamily(), GloraFamily(), IA3Family(), NormFamily(), BeftFamily(), PromptFamily(),
-        PrefixFamily(),
+        EncodedFamily(), PrefixFamily(), AdaptionFamily(),
     )
 }  # fmt: skip
 """The PEFT methods that are read and written, by `peft_type`; the first that takes all of an adapter writes it."""
@@ -185,11 +186,13 @@ def write(adapter: Adapter, folder: str | Path) -> Path:
     saved.write_embeddings(writing, embeddings)
     bias = saved.write_biases(writing, biases, family.peft_type)
     known = {field.name for field in family.fields}
+    if writing.saved and "modules_to_save" not in known:
+        raise cannot(f"PEFT's {family.peft_type} saves no trained modules beside it ({writing.saved[0]}): head=None")
     if bias != "none" and "bias" not in known:
         raise cannot(f"PEFT's {family.peft_type} trains no biases beside it")
     if "bias" in known:
         writing.config["bias"] = bias
-    config = describe(writing, family) | writing.config
+    config = {name: value for name, value in describe(writing, family).items() if name in known} | writing.config
     save_folder(folder, config, {BARE.get(key, family.prefix + key): t for key, t in writing.tensors.items()})
     return folder
 

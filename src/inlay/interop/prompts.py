@@ -1,22 +1,25 @@
-"""PEFT's PROMPT_TUNING and PREFIX_TUNING."""
+"""PEFT's PROMPT_TUNING, P_TUNING and PREFIX_TUNING."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
-from inlay.core.method import Method
+from inlay.core.method import Method, PromptMethod
 from inlay.core.mount import Level
 from inlay.core.sites import Site
 from inlay.core.towers import Tower, towers
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import COMMON, SAVED, Field, idle, need, read
 from inlay.interop.matching import TASK_HEADS, saved_modules, task_of
+from inlay.methods.tokens.deepprompt import DeepPrompt
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
+from inlay.methods.tokens.ptuning import PTuning
 
 VIRTUAL = (
     *(field for field in COMMON if field.name != "task_type"), SAVED,
@@ -27,44 +30,92 @@ VIRTUAL = (
     idle("num_attention_heads", "the model tells"),
 )  # fmt: skip
 KEY = "prompt_embeddings"
+OUTPUTS = (
+    "Outputs are those of the user's tokens, which PEFT gives after the virtual ones; a left-padded row has its "
+    "virtual tokens after the padding, PEFT's has them before it"
+)
 
 
-class PromptFamily(Family):
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
-    note: ClassVar[str] = (
-        "PromptTuning of one tower. Outputs are those of the user's tokens, which PEFT gives after the virtual ones; a "
-        "left-padded row has its virtual tokens after the padding, PEFT's has them before it"
-    )
+class VirtualFamily(Family):
+    """Virtual tokens before one tower: PEFT has them in one table, whatever made them."""
+
     prefix: ClassVar[str] = "base_model."
+
+    @abstractmethod
+    def method(self, tokens: int, keep: bool) -> PromptMethod:
+        """What is read."""
+
+    @abstractmethod
+    def configured(self, method: Method) -> dict[str, Any]:
+        """The fields of this family."""
+
+    def read(self, reading: Reading) -> list[Part]:
+        keep = reading.config["task_type"] == "SEQ_CLS" and pools_first(reading.model)
+        spec = self.method(virtual_tokens(reading), keep)
+        (site,) = reading.finder.sites(spec, [""], reading.dtype)
+        return [Part(spec, site, {"P": reading.take(KEY)})]
+
+    def write(self, writing: Writing, levels: Sequence[Level]) -> None:
+        level = only(writing, levels)
+        method = level.method
+        assert isinstance(method, PromptMethod)
+        if pools_first(writing.model) and not method.keep:
+            raise cannot(f"PEFT lets the classifier pool a virtual token: that is {type(method).__name__}(keep=True)")
+        writing.tensors[KEY] = method.stored()["P"]
+        writing.config |= describe(writing, level.site, method.tokens) | self.configured(method)
+
+
+class PromptFamily(VirtualFamily):
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    note: ClassVar[str] = f"PromptTuning of one tower. {OUTPUTS}"
     fields: ClassVar[tuple[Field, ...]] = (
         *VIRTUAL,
         idle("prompt_tuning_init", "the tensor is in the folder"),
         idle("prompt_tuning_init_text", "the tensor is in the folder"),
         idle("tokenizer_name_or_path", "the tensor is in the folder"),
         idle("tokenizer_kwargs", "the tensor is in the folder"),
-    )  # fmt: skip
+    )
 
     def takes(self, method: Method) -> bool:
         return isinstance(method, PromptTuning)
 
-    def read(self, reading: Reading) -> list[Part]:
-        keep = reading.config["task_type"] == "SEQ_CLS" and pools_first(reading.model)
-        spec = PromptTuning(tokens=virtual_tokens(reading), init="random", keep=keep)
-        (site,) = reading.finder.sites(spec, [""], reading.dtype)
-        return [Part(spec, site, {"P": reading.take(KEY)})]
+    def method(self, tokens: int, keep: bool) -> PromptMethod:
+        return PromptTuning(tokens=tokens, init="random", keep=keep)
 
-    def write(self, writing: Writing, levels: Sequence[Level]) -> None:
-        method = only(writing, levels).method
-        assert isinstance(method, PromptTuning)
-        if pools_first(writing.model) and not method.keep:
-            raise cannot("PEFT lets the classifier pool a virtual token: that is PromptTuning(keep=True)")
-        writing.tensors[KEY] = method.P
-        writing.config |= describe(writing, levels[0].site, method.tokens) | {"prompt_tuning_init": "RANDOM"}
+    def configured(self, method: Method) -> dict[str, Any]:
+        return {"prompt_tuning_init": "RANDOM"}
+
+
+class EncodedFamily(VirtualFamily):
+    peft_type: ClassVar[str] = "P_TUNING"
+    note: ClassVar[str] = f"PTuning of one tower, its encoder folded away. {OUTPUTS}"
+    fields: ClassVar[tuple[Field, ...]] = (
+        *VIRTUAL,
+        idle("encoder_reparameterization_type", "PEFT folds the encoder away when it saves"),
+        idle("encoder_hidden_size", "the width of that encoder"),
+        idle("encoder_num_layers", "the depth of that encoder"),
+        idle("encoder_dropout", "in that encoder"),
+    )
+
+    def takes(self, method: Method) -> bool:
+        return isinstance(method, PTuning)
+
+    def method(self, tokens: int, keep: bool) -> PromptMethod:
+        return PTuning(tokens=tokens, keep=keep)
+
+    def configured(self, method: Method) -> dict[str, Any]:
+        assert isinstance(method, PTuning)
+        return {
+            "encoder_reparameterization_type": method.encoder.upper(),
+            "encoder_hidden_size": method.units(method.site.features), "encoder_num_layers": method.layers,
+        }  # fmt: skip
 
 
 class PrefixFamily(Family):
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    note: ClassVar[str] = "PrefixTuning(shift=True) of every self-attention of one tower, its MLP folded away"
+    note: ClassVar[str] = (
+        "PrefixTuning(shift=True), or PTuningV2(shift=True), of every self-attention of one tower, its MLP folded away"
+    )
     prefix: ClassVar[str] = "base_model."
     fields: ClassVar[tuple[Field, ...]] = (
         *VIRTUAL,
@@ -74,7 +125,7 @@ class PrefixFamily(Family):
     )
 
     def takes(self, method: Method) -> bool:
-        return isinstance(method, PrefixTuning)
+        return isinstance(method, DeepPrompt)
 
     def read(self, reading: Reading) -> list[Part]:
         spec = PrefixTuning(tokens=virtual_tokens(reading), shift=True)
@@ -93,10 +144,12 @@ class PrefixFamily(Family):
     def write(self, writing: Writing, levels: Sequence[Level]) -> None:
         level = only(writing, levels)
         method, site = level.method, level.site
-        assert isinstance(method, PrefixTuning)
+        assert isinstance(method, DeepPrompt)
         assert site.tower is not None
         if not method.shift:
-            raise cannot("PEFT counts the prefix in the positions of the tokens: that is PrefixTuning(shift=True)")
+            raise cannot(
+                f"PEFT counts the prefix in the positions of the tokens: that is {type(method).__name__}(shift=True)"
+            )
         if [spot.path for spot in site.tower.spots] != site.parts:
             raise cannot("PEFT puts a prefix before every attention, this one leaves some out")
         stored = method.stored()

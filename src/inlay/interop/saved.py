@@ -26,7 +26,7 @@ def read_modules(reading: Reading) -> list[Part]:
     """`modules_to_save`: the task head as Head, other modules as Full. PEFT copies a module, so ties end at it."""
     heads = find_head(reading.finder)
     parts = []
-    for path in saved_modules(reading.model, reading.config["modules_to_save"] or ()):
+    for path in saved_modules(reading.model, reading.config.get("modules_to_save") or ()):
         is_head = any(inside(path, head) for head in heads)
         parts += read_module(reading, path, Head() if is_head else Full(), path)
     return parts
@@ -114,7 +114,7 @@ def read_biases(reading: Reading) -> list[Part]:
         return []
     if choice != "all" and not choice.endswith("_only"):
         raise CheckpointError(f"{reading.folder}: 'bias' = {choice!r} is unknown")
-    whole = saved_modules(reading.model, reading.config["modules_to_save"] or ())
+    whole = saved_modules(reading.model, reading.config.get("modules_to_save") or ())
     wanted = biases(reading.model, reading.adapted, choice, whole)
     sites = {site.key: site for site in reading.finder.sites(BitFit(), [""], reading.dtype)} if wanted else {}
     parts = []

@@ -16,8 +16,12 @@ from inlay.methods.schedule.dylora import DyLoRA
 from inlay.methods.schedule.ist import IST
 from inlay.methods.schedule.longlora import LongLoRA
 from inlay.methods.schedule.relora import ReLoRA
+from inlay.methods.tokens.dept import DePT
+from inlay.methods.tokens.llamaadapter import LLaMAAdapter
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
+from inlay.methods.tokens.ptuning import PTuning
+from inlay.methods.tokens.ptuningv2 import PTuningV2
 from inlay.methods.weight.bitfit import BitFit
 from inlay.methods.weight.boft import BOFT
 from inlay.methods.weight.corda import CorDA
@@ -49,9 +53,9 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA",
+    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA", "DePT",
     "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby",
-    "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
-    "LoRAXS", "LoReFT", "LongLoRA", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning",
-    "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "KRAdapter", "KronA", "KronAB", "LLaMAAdapter", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA",
+    "LoRASB", "LoRAXS", "LoReFT", "LongLoRA", "NormTuning", "PTuning", "PTuningV2", "ParallelAdapter", "Pfeiffer",
+    "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip

@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
+from torch import Tensor
 
 from inlay.core.errors import OptionError
+from inlay.core.method import PromptMethod, option, uniform
+from inlay.core.sites import Site
+
+
+class WordedPrompt(PromptMethod):
+    """A prompt P (p, d) of free vectors, which begins at the embeddings of words or at noise."""
+
+    init: Literal["vocabulary", "text", "random"] = option(
+        default="vocabulary", doc="start at embeddings of random words, at those of a text, or uniformly at random"
+    )
+    scale: float = option(default=0.5, doc="bound of the uniform start", low=0.0)
+    text: str = option(default="", doc="the text that text_ids were made from, for the record")
+    text_ids: list[int] = option(default=[], doc="token ids of the text, repeated or cut to p")
+
+    def validate(self) -> None:
+        check_words(type(self).__name__, self.init, self.text, self.text_ids)
+
+    def with_text(self, text: str, tokenizer: Any) -> Self:
+        """The same method, started at the embeddings of a text's tokens (a transformers tokenizer makes them)."""
+        return self.replace(init="text", text=text, text_ids=ids_of(text, tokenizer))
+
+    def start(self, site: Site) -> Tensor:
+        """P to begin with."""
+        tower = site.tower
+        assert tower is not None
+        assert tower.embedding is not None
+        assert site.inlay is not None
+        if self.init == "random":
+            P = uniform((self.tokens, site.features), self.scale)
+        else:
+            ids = word_ids(self.init, self.text_ids, self.tokens, tower.embedding.num_embeddings)
+            with site.inlay.only():  # the base's own embeddings
+                P = tower.embedded(ids)
+        return P.to(site.dtype, copy=True)
 
 
 def word_ids(init: str, text_ids: list[int], tokens: int, vocabulary: int) -> list[int]:
