@@ -15,7 +15,8 @@ from inlay.core.attention import AttentionMount
 from inlay.core.calls import first, tensors_in
 from inlay.core.companion import Companion
 from inlay.core.errors import AdapterError, RouteError, near
-from inlay.core.method import AttentionMethod, Method
+from inlay.core.inserted import Inserted, Running
+from inlay.core.method import AttentionMethod, InsertedMethod, Method
 from inlay.core.mount import Level, Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.rotary import Rotary, rotaries
@@ -54,6 +55,8 @@ class Call:
     """Real tokens of each row that are its prompt (batch,); None when all are."""
     positions: Tensor | None = None
     """Position ids (batch or 1, tokens), where the call gave some."""
+    running: dict[str, Running] = field(default_factory=dict)
+    """What is inserted into the hidden states of towers that are running, by the path of the mount."""
 
 
 @dataclass(frozen=True)
@@ -213,13 +216,17 @@ class Inlay(nn.Module):
     def token_mounts(self, site: Site, method: Method) -> list[TokenMount]:
         """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions.
 
-        One that changes the attention itself has the tower's rotary embeddings in the entry's stead.
+        In the entry's stead one that changes the attention itself has the tower's rotary embeddings, and one that
+        inserts vectors among hidden states the tower's track.
         """
         assert site.tower is not None
         tokens = self.state.tokens
         found: list[TokenMount]
         if isinstance(method, AttentionMethod):
             found = [tokens.get(path) or Rotary(module, self, path) for path, module in rotaries(site)]
+        elif isinstance(method, InsertedMethod):
+            assert site.tower.track is not None
+            found = [tokens.get(site.tower.track.path) or Inserted(site.module, self, site.tower.track)]
         else:
             found = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
         for spot in site.tower.at(site.parts):
