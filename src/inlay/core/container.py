@@ -22,6 +22,7 @@ from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.rotary import Rotary, rotaries
 from inlay.core.sites import Site
 from inlay.core.tokens import Entry, TokenMount
+from inlay.core.tracks import track_of
 
 
 @dataclass(eq=False)
@@ -225,8 +226,8 @@ class Inlay(nn.Module):
         if isinstance(method, AttentionMethod):
             found = [tokens.get(path) or Rotary(module, self, path) for path, module in rotaries(site)]
         elif isinstance(method, InsertedMethod):
-            assert site.tower.track is not None
-            found = [tokens.get(site.tower.track.path) or Inserted(site.module, self, site.tower.track)]
+            track = track_of(site)
+            found = [tokens.get(track.path) or Inserted(site.module, self, track)]
         else:
             found = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
         for spot in site.tower.at(site.parts):

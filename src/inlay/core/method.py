@@ -66,6 +66,8 @@ class Method(nn.Module, ABC):
     """Beginnings of the names of buffers that a training run needs to go on, and a saved adapter does not hold."""
     mergeable: ClassVar[bool] = False
     """Whether the adapted network can be written as the base network with other tensors."""
+    unmergeable: ClassVar[str] = "it acts on activations, which no tensor of the base can stand for"
+    """Why not, where it cannot."""
     strength = 1.0
     """Share of what it does that a built copy does now; below 1 only while its worth is measured (IST)."""
     resting = False
@@ -335,12 +337,16 @@ class PixelMethod(HiddenMethod):
     """
 
     kind: ClassVar[str] = "input"
+    unmergeable: ClassVar[str] = (
+        "it acts on the images before the model reads them, outside of every tensor of the base"
+    )
 
 
 class TokenMethod(Method):
     """Adds virtual tokens to the sequence a network reads; sites are the towers of `inlay.core.towers`."""
 
     kind: ClassVar[str] = "tokens"
+    unmergeable: ClassVar[str] = "it adds tokens, which no tensor of the base can stand for"
 
     tokens: int = option(default=20, doc="virtual tokens p", low=1)
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from inlay.core.anatomy import Part
+
+if TYPE_CHECKING:
+    from inlay.core.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,13 @@ class Track:
     def width(self) -> int:
         """Features d of a hidden state."""
         return self.patch.out_channels
+
+
+def track_of(site: Site) -> Track:
+    """The track of a site among the hidden states of a vision tower."""
+    assert site.tower is not None
+    assert site.tower.track is not None
+    return site.tower.track
 
 
 def read_track(modules: Mapping[str, nn.Module], parts: Mapping[str, Part], end: str | None) -> Track | None:
