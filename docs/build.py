@@ -20,6 +20,7 @@ from generator.markdown import filled
 from generator.measure import Cell, compiles, measured, specifications
 from generator.method_pages import index, method_page
 from generator.places import PLACES
+from generator.results import SECTIONS, committed
 from generator.sections import names_section, pairs_section, recipe_sections
 from generator.support import compile_jobs, peft_page, support_page
 
@@ -45,10 +46,12 @@ def pages(workers: int) -> dict[str, str]:
     written["methods/README.md"] = index(found)
     written["support.md"] = support_page(cells, compiled)
     written["peft.md"] = peft_page()
+    tasks = committed()
     for page, sections in {
         "places.md": {"names": names_section()},
         "recipes.md": recipe_sections(),
         "composition.md": {"pairs": pairs},
+        **{page: {name: make(tasks) for name, make in made.items()} for page, made in SECTIONS.items()},
     }.items():
         written[page] = filled((DOCS / page).read_text(encoding="utf-8"), sections)
     return written

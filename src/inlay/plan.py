@@ -24,6 +24,7 @@ from inlay.core.checkpoint import describe_site, stored_tensors
 from inlay.core.errors import OptionError
 from inlay.core.files import canonical
 from inlay.core.where import Finder
+from inlay.models.loftq import base_bytes
 from inlay.models.quantise import quantise
 from inlay.optim import optimizer as adapter_optimizer
 
@@ -73,6 +74,7 @@ def plan(
     dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
     quantize_group: int | None = None,
+    loftq: int = 0,
     gradient_checkpointing: bool = False,
     memory: bool = True,
 ) -> Plan:
@@ -88,6 +90,7 @@ def plan(
             model's own.
         dtype: type of the base; trained tensors are float32.
         quantize, quantize_group: how the base's linear layers are stored, as for `inlay.models.open`.
+        loftq: LoftQ's iterations; from two on, the file holds what the base was made with as well.
         memory: whether to run the step that predicts the peak.
 
     Raises:
@@ -118,7 +121,7 @@ def plan(
         sites = sum(not lv.head for lv in adapter.levels)
         base = adapter.base_parameters
         label = " + ".join(p.method.label() for p in adapter.placements)
-        written = file_bytes(adapter)
+        written = file_bytes(adapter) + (base_bytes(adapter) if loftq > 1 else 0)
         peak = step_bytes(adapter, config, task, batch, length, gradient_checkpointing) if memory else None
     return Plan(
         arch=arch, method=label, sites=sites, adapter_parameters=count, head_parameters=in_head, base_parameters=base,

@@ -15,6 +15,7 @@ from inlay.evaluate import evaluate
 from inlay.evaluate.run import adapted
 from inlay.methods import LoRA
 from inlay.models.quantise import NF4Linear, quantise
+from inlay.plan import plan
 from inlay.recipe import Recipe, load_recipe
 from inlay.train import train
 from laws.benches import benches
@@ -208,6 +209,8 @@ def test_a_recipe_from_training_to_evaluation(tmp_path: Path) -> None:
     done = train(recipe)
     assert done.curve[-1]["loss"] < done.curve[0]["loss"]
     assert json.loads((folder / "adapter.json").read_text())["base"]["loftq"]["iterations"] == 2
+    foreseen = plan("minilm", "lora(r=8)", recipe.where, labels=6, quantize="nf4", loftq=2, memory=False)
+    assert foreseen.file_bytes == pytest.approx(done.file_bytes, rel=0.01)
     assert train(recipe).metrics == done.metrics
     assert evaluate(str(folder)) == pytest.approx(done.metrics, abs=1e-6)
     assert isinstance(adapted(folder).opened.model.bert.encoder.layer[0].output.dense, NF4Linear)

@@ -15,7 +15,7 @@ from inlay.recipe import Recipe, Row, load_recipe, rows_at
 
 FIELDS = (
     "method", "where", "exclude", "layers", "overrides", "head", "batch", "max_length", "image_size",
-    "quantize", "quantize_group", "gradient_checkpointing",
+    "quantize", "quantize_group", "loftq", "gradient_checkpointing",
 )  # fmt: skip
 """Recipe fields that a cost depends on."""
 
@@ -64,7 +64,7 @@ def planned(recipe: Recipe, args: argparse.Namespace, about_data: dict[str, Any]
         args.arch or recipe.model, recipe.placements(), recipe.where, layers=recipe.layers, exclude=recipe.exclude,
         overrides=recipe.overrides, head=recipe.head, batch=recipe.batch,
         length=args.length or recipe.max_length or recipe.image_size, dtype=getattr(torch, dtype),
-        quantize=recipe.quantize, quantize_group=recipe.quantize_group,
+        quantize=recipe.quantize, quantize_group=recipe.quantize_group, loftq=recipe.loftq,
         gradient_checkpointing=recipe.gradient_checkpointing, memory=not args.no_memory, **about_data,
     )  # fmt: skip
     return replace(found, method=recipe.label()).as_dict()

@@ -9,6 +9,7 @@ from typing import Any
 
 from inlay.core.errors import InlayError
 from inlay.core.files import canonical, sha256, write_text
+from inlay.core.options import options
 from inlay.methods import Full, LinearProbe
 from inlay.recipe import CompareRecipe, Recipe, Row, as_dict, load_recipe
 from inlay.report import Cell
@@ -53,10 +54,11 @@ def task(row: Row, seed: int, folder: Path, fingerprint: str) -> Task:
     """One cell; its file is named by a digest of all that produces it."""
     import inlay
 
-    made_of = {"settings": settings_of(row.recipe), "seed": seed, "data": fingerprint, "library": inlay.__version__}
+    settings = settings_of(row.recipe)
+    made_of = {"settings": deciding(settings), "seed": seed, "data": fingerprint, "library": inlay.__version__}
     digest = sha256(canonical(made_of))[:16]
     recipe = load_recipe(as_dict(row.recipe), Recipe, {"seed": seed, "output": str(folder / "runs" / digest)})
-    return Task(row.label, recipe, settings_of(row.recipe), folder / "cells" / f"{digest}.json")
+    return Task(row.label, recipe, settings, folder / "cells" / f"{digest}.json")
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -68,6 +70,12 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         "method": one([m.specification() for m in methods]), "where": one(where),
         "learning_rate": rate, "head_learning_rate": head_rate,
     }  # fmt: skip
+
+
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the recipe's fields at their defaults: a field that is new must not make old cells new ones."""
+    defaults = {name: field.default for name, field in options(Recipe).items()}
+    return {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
 
 
 def one(items: list[Any]) -> Any:

@@ -21,18 +21,25 @@ def ranks(result: Result, table: Sequence[Row]) -> dict[str, float]:
     return {method: 1 + first[mean] + (order.count(mean) - 1) / 2 for method, mean in known.items()}
 
 
-def across(results: Sequence[Result]) -> str:
-    """Markdown: the primary metric of every method on every task, and what it costs on the first of them.
+def order(results: Sequence[Result]) -> dict[str, float]:
+    """The mean of every method's ranks over the tasks it ran on: near 0 for the best, near 1 for the last.
 
-    Methods are ordered by the mean of their ranks over the tasks they ran on, each rank as a share of that task's
-    methods, so that a method few tasks admit is not favoured. A missing number is a dash.
+    Each rank is a share of that task's methods, so that a method few tasks admit is not favoured.
     """
-    tables = [rows(result) for result in results]
-    places = [ranks(result, table) for result, table in zip(results, tables, strict=True)]
-    share = {
+    places = [ranks(result, rows(result)) for result in results]
+    return {
         method: statistics.fmean((place[method] - 0.5) / len(place) for place in places if method in place)
         for method in dict.fromkeys(method for place in places for method in place)
     }
+
+
+def across(results: Sequence[Result]) -> str:
+    """Markdown: the primary metric of every method on every task, and what it costs on the first of them.
+
+    Methods stand in their mean `order`. A missing number is a dash.
+    """
+    tables = [rows(result) for result in results]
+    share = order(results)
     heads = [f"{result.data}, {result.model}: {title(result.metric)}" for result in results]
     out = [f"| Method | Rank | {' | '.join(map(escape, heads))} | Adapter | File | Peak memory | Saved for backward |"]
     out.append("|:--|" + "--:|" * (len(heads) + 5))
