@@ -31,7 +31,7 @@ class PGN(InsertedMethod):
 
     def build(self, site: Site) -> None:
         self.T = nn.Parameter(0.02 * torch.randn(self.library, site.features, dtype=site.dtype))
-        self.g = ResNet10(track_of(site).patch.in_channels, self.tokens * self.library).to(site.dtype)
+        self.g = ResNet10(track_of(site).patch.in_channels, self.tokens * self.library, site.dtype)
 
     def count(self, site: Site) -> int:
         """M·d + 129·K·M + 306,880 + 144·c for images of c channels."""
