@@ -13,9 +13,14 @@ from vision_models import by_hand, clip, images, resnet, tower
 
 import inlay
 from inlay.core.errors import AdapterError, SiteError
+from inlay.data import Data, Prepared
+from inlay.data.batches import Collate
 from inlay.data.prepare import image_side
 from inlay.methods import PGN, VPT, LoRA, VisualPrompt
 from inlay.methods.input.inversion import inverted, patches_of, with_patches
+from inlay.models import Opened
+from inlay.recipe import Recipe
+from inlay.work import Work
 
 
 def attach(model: nn.Module, method: Any, scale: float = 0.5, **more: Any) -> Any:
@@ -166,6 +171,18 @@ def test_what_a_processor_says_of_its_images() -> None:
     assert image_side(Processor(size={"shortest_edge": 8}, crop_size=square, do_center_crop=False)) == 8
     assert image_side(Processor(size=square)) == (7, 9)
     assert image_side(Processor(size={"longest_edge": 4})) is None
+
+
+def test_a_recipe_says_how_large_images_are() -> None:
+    """Its own size, or else that of the processor; both differ from the configuration's 16."""
+    processor = Processor(size={"shortest_edge": 8}, crop_size={"height": 40, "width": 32}, do_center_crop=True)
+    data = Data("squares", "image-classification", {}, ["a", "b"], "", "", "")
+    for size, expected in ((24, (3, 24, 24)), (None, (3, 40, 32))):
+        opened = Opened(tower("dinov2"), processor, "", "", "", [])
+        prepared = Prepared(data.task, {}, Collate(), processor, None, None, "")
+        work = Work(opened, data, prepared, torch.device("cpu"), "float32")
+        adapter = work.attach(Recipe(model="", data="", method="visualprompt", image_size=size))
+        assert adapter.levels[0].site.pixels == expected
 
 
 # ------------------------------------------------------------------------------------------------ tokens as pixels

@@ -68,7 +68,10 @@ class Inserted(TokenMount):
             self.module.register_forward_pre_hook(self.enter, with_kwargs=True),
             track.patch.register_forward_pre_hook(self.see, with_kwargs=True),
             track.entry.register_forward_hook(self.insert),
-            *(block.register_forward_pre_hook(Step(self, i), with_kwargs=True) for i, block in enumerate(track.blocks)),
+            *(
+                block.register_forward_pre_hook(Step(self, i, arguments(block)), with_kwargs=True)
+                for i, block in enumerate(track.blocks)
+            ),
         ]
         if track.end is not None:
             self.handles.append(track.end.register_forward_hook(self.cut))
@@ -191,18 +194,18 @@ class Step:
 
     mount: Inserted
     i: int
+    names: list[str]
+    """Of the block's arguments, the hidden states first."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         now = self.mount.running
         if now is None:
             return None
-        kwargs = dict(zip(arguments(module), args, strict=False)) | kwargs
-        name = next(iter(kwargs))
-        if self.i:  # P_0 was put there after the embeddings
-            kwargs[name] = self.mount.put(kwargs[name], self.i, now.x)
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        h = kwargs.pop(self.names[0])
         if now.mask is not None and kwargs.get(MASK) is None:
             kwargs[MASK] = now.mask
-        return (kwargs.pop(name),), kwargs
+        return (h if self.i == 0 else self.mount.put(h, self.i, now.x),), kwargs  # P_0 stands there already
 
 
 def overwritten(h: Tensor, rows: Tensor | None, start: int, P: Tensor) -> Tensor:
