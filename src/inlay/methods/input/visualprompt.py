@@ -25,7 +25,7 @@ class VisualPrompt(PixelMethod):
     """
 
     paper: ClassVar[str] = "Bahng, Jahanian, Sankaranarayanan & Isola 2022, arXiv 2203.17274"
-    learning_rate: ClassVar[float] = 3e-2
+    learning_rate: ClassVar[float] = 1e-2
 
     shape: Literal["padding", "fixed", "random"] = option(
         default="padding", doc="a frame, a patch in the upper left corner, or a patch at a random place"

@@ -22,7 +22,7 @@ class VPT(InsertedMethod):
     """
 
     paper: ClassVar[str] = "Jia, Tang, Chen, Cardie, Belongie, Hariharan & Lim 2022, arXiv 2203.12119"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-3
 
     tokens: int = option(default=10, doc="virtual tokens p", low=1)
     deep: bool = option(default=True, doc="other vectors in every block (VPT-deep), or in the first one (VPT-shallow)")
