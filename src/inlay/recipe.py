@@ -45,6 +45,9 @@ class Settings:
     bucket: bool = option(default=True, doc="put rows of similar length into one batch, for less padding")
     accumulate: int = option(default=1, doc="batches per optimiser step", low=1)
     learning_rate: float | None = option(default=None, doc="peak rate; each method's own when null", low=0.0)
+    rate_factor: float = option(
+        default=1.0, doc="factor on the methods' own rates; 0.1 to 0.3 suits ViTs and long runs", low=0.0
+    )
     head_learning_rate: float | None = option(default=None, doc="peak rate of the task head", low=0.0)
     schedule: Literal["linear", "cosine", "constant"] = option(default="linear", doc="decay after the warm-up")
     warmup: float = option(default=0.06, doc="share of steps in which the rate rises from zero", low=0.0, high=1.0)

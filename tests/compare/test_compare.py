@@ -148,6 +148,8 @@ def test_settings_say_what_the_methods_bring(recipe: Make) -> None:
 def test_rates() -> None:
     base = {"model": "m", "data": "d"}
     assert rates(Recipe(**base, method="vera", learning_rate=0.5)) == (0.5, 0.5)
+    assert rates(Recipe(**base, method="vera", rate_factor=0.5))[0] == VeRA.learning_rate * 0.5
+    assert rates(Recipe(**base, method="vera", rate_factor=0.5, learning_rate=0.1))[0] == 0.1
     rate, head = rates(Recipe(**base, method="linearprobe"))
     assert rate == head
     assert rates(Recipe(**base, method="lora", head_learning_rate=0.1))[1] == 0.1

@@ -18,6 +18,7 @@ def optimizer(
     adapter: Adapter,
     learning_rate: float | None = None,
     *,
+    rate_factor: float = 1.0,
     head_learning_rate: float | None = None,
     weight_decay: float = 0.0,
     lora_plus: float | None = None,
@@ -31,6 +32,8 @@ def optimizer(
 
     Args:
         learning_rate: for all tensors; each method's own by default.
+        rate_factor: on the methods' own rates. They suit encoders with norms after the residual, and short runs;
+            networks with norms before it (ViT, DINOv2) or long runs want 0.1 to 0.3.
         head_learning_rate: of the task head; `learning_rate`, else the head's own, by default.
         weight_decay: AdamW's decay of matrices; vectors never decay.
         lora_plus: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B-like tensors, see `is_fast`, learn at so many times
@@ -45,7 +48,7 @@ def optimizer(
     for level in adapter.levels:
         for owner, name, p in owned(level.method):
             unit = owner.unit if isinstance(owner, Head) else 1.0
-            rate = head if isinstance(owner, Head) else first_given(learning_rate, owner.learning_rate)
+            rate = head if isinstance(owner, Head) else first_given(learning_rate, owner.learning_rate * rate_factor)
             if lora_plus is not None and is_fast(owner, name, p):
                 rate, fast = rate * lora_plus, fast + 1
             decay = weight_decay if p.dim() > 1 else 0.0

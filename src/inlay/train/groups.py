@@ -18,8 +18,8 @@ from inlay.recipe import Recipe, Settings
 def optimiser(adapter: Adapter, recipe: Settings) -> AdamW:
     """`inlay.optimizer` with a recipe's settings."""
     made = optimizer(
-        adapter, recipe.learning_rate, head_learning_rate=recipe.head_learning_rate, weight_decay=recipe.weight_decay,
-        lora_plus=recipe.lora_plus,
+        adapter, recipe.learning_rate, rate_factor=recipe.rate_factor, head_learning_rate=recipe.head_learning_rate,
+        weight_decay=recipe.weight_decay, lora_plus=recipe.lora_plus,
     )  # fmt: skip
     if made.per_layer:
         check_per_layer(recipe.accumulate, recipe.clip, ("accumulate: 1", "clip: null"))
@@ -39,7 +39,7 @@ def rates(recipe: Recipe) -> tuple[float | dict[str, float], float]:
     """(peak rate, by method where they differ; that of the head) that a recipe comes to."""
     whole = [part for method in recipe.methods() for part in [p.method for p in method.beside()] or [method]]
     parts = [m for method in whole for m in method.modules() if isinstance(m, Method)]
-    own = {type(m).__name__: m.learning_rate for m in parts if not isinstance(m, Companion)}
+    own = {type(m).__name__: m.learning_rate * recipe.rate_factor for m in parts if not isinstance(m, Companion)}
     rate = recipe.learning_rate if recipe.learning_rate is not None else own
     if isinstance(rate, dict) and len(set(rate.values())) == 1:
         rate = next(iter(rate.values()))
