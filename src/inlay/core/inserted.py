@@ -142,8 +142,6 @@ class Inserted(TokenMount):
             return None
         batch, n, d = h.shape
         width, visible = self.layout(batch, h.device)
-        if not width:
-            return None
         real = h.new_ones(batch, n, dtype=torch.bool)
         h = self.put(self.widened(h, h.new_zeros(batch, width, d)), 0, x)
         mask = None if visible is None else self.mask(h, self.widened(real, visible))

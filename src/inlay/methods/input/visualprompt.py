@@ -33,7 +33,9 @@ class VisualPrompt(PixelMethod):
     size: int | None = option(
         default=None, doc="pixels q: width of the frame or side of the patch; none: 30 of 224, in proportion", low=1
     )
-    init: Literal["zero", "normal"] = option(default="zero", doc="start at the base, or at N(0, 1) as the paper does")
+    init: Literal["zero", "normal"] = option(
+        default="zero", doc="start at the base, which learns sooner, or at N(0, 1) as the paper does"
+    )
 
     @property
     def starts_at_base(self) -> bool:
