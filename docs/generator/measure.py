@@ -17,7 +17,7 @@ import inlay
 from inlay.catalogue import names
 from inlay.core.adapter import Adapter
 from inlay.core.errors import InlayError, OptionError
-from inlay.core.method import REGISTRY, AttentionMethod, Method, TokenMethod, method_class, method_from
+from inlay.core.method import REGISTRY, AttentionMethod, Method, PixelMethod, TokenMethod, method_class, method_from
 from inlay.core.options import Option, options
 from inlay.interop import peft
 
@@ -72,8 +72,9 @@ def measured(text: str) -> dict[str, Cell]:
 
 
 def concerns(method: Method, place: Place) -> bool:
-    """Whether asking makes sense: methods on tokens and attentions name their own places, a head alone has none."""
-    return method.has_sites and isinstance(method, TokenMethod | AttentionMethod) == (place.where is None)
+    """Whether asking makes sense: methods on inputs, tokens and attentions know their own places, a head has none."""
+    own = isinstance(method, TokenMethod | AttentionMethod | PixelMethod)
+    return method.has_sites and own == (place.where is None)
 
 
 def cell_of(text: str, place: Place) -> Cell:

@@ -7,7 +7,15 @@ from typing import Any
 
 from inlay.catalogue import describe
 from inlay.core.companion import Companion
-from inlay.core.method import REGISTRY, AttentionMethod, Method, SideAttentionMethod, method_class
+from inlay.core.method import (
+    REGISTRY,
+    AttentionMethod,
+    InsertedMethod,
+    Method,
+    PixelMethod,
+    SideAttentionMethod,
+    method_class,
+)
 from inlay.core.options import Option, options
 from inlay.core.statistics import Calibrated
 
@@ -28,6 +36,8 @@ KINDS = {
 }
 """What a method of each kind acts on, in the order in which data pass."""
 
+ON_IMAGES = (InsertedMethod, PixelMethod)
+"""Families of methods that are for images alone."""
 Counts = dict[str, dict[str, Count]]
 
 SNIPPET = """\
@@ -77,6 +87,32 @@ for k in range(3):
 adapter.save("adapter")
 """
 """The same for methods that are for decoders alone."""
+IMAGES = """\
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+import inlay
+from inlay.methods import {imports}
+
+config = ViTConfig(
+    image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+)
+model = ViTForImageClassification(config)  # a small random one; any pretrained model goes here
+adapter = inlay.adapt(model, {call})
+print(adapter)
+
+optimizer = inlay.optimizer(adapter)  # AdamW at the method's own rate
+images, labels = torch.randn(8, 3, 32, 32), torch.randint(2, (8,))
+model.train()
+for k in range(3):
+    loss = model(pixel_values=images, labels=labels).loss + inlay.penalty(model)
+    loss.backward()
+    optimizer.step()
+{step}    optimizer.zero_grad()
+
+adapter.save("adapter")
+"""
+"""The same for methods that are for images alone."""
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
 STORED = 'quantise(model, "{kind}", head=["classifier"])\n'
 PROBE = "    inlay.step(model, (k + 1) / 3, optimizer, lambda: model(input_ids=ids, labels=labels).loss)\n"
@@ -190,7 +226,7 @@ def snippet(cls: type[Method]) -> str:
     if issubclass(cls, Companion):
         imports, call = imports | {"LoRA"}, f"[LoRA(), {call}]"
     step = PROBE if cls.probe is not Method.probe else STEP if cls.step is not Method.step else ""
-    text = DECODER if issubclass(cls, OF_DECODERS) else SNIPPET
+    text = DECODER if issubclass(cls, OF_DECODERS) else IMAGES if issubclass(cls, ON_IMAGES) else SNIPPET
     text = text.format(imports=", ".join(sorted(imports)), call=call, step=step,
                        start=START if issubclass(cls, Calibrated) else "",
                        quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
@@ -209,7 +245,11 @@ def command_lines(cls: type[Method], counts: Counts) -> str:
         chosen, method = "", f'"[lora, {cls.name()}]"'
     arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
     chosen += f" --quantize {cls.needs}" if cls.needs else ""
-    what = "smollm2-135m-instruct --data gutenberg" if issubclass(cls, OF_DECODERS) else "minilm --data trec"
+    what = "minilm --data trec"
+    if issubclass(cls, OF_DECODERS):
+        what = "smollm2-135m-instruct --data gutenberg"
+    elif issubclass(cls, ON_IMAGES):
+        what = "dinov2-small --data cifar10 --image-size 70"
     train = f"inlay train --model {what} --method {method}{chosen} --output runs/{cls.name()}"
     return (
         f"```bash\ninlay plan --arch {arch} --method {method}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"

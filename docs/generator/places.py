@@ -135,6 +135,18 @@ def bert() -> nn.Module:
     )  # fmt: skip
 
 
+def vision() -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    return ViTModel(
+        ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8,
+            patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        ),
+        add_pooling_layer=False,
+    )  # fmt: skip
+
+
 def decoder() -> nn.Module:
     from transformers import LlamaConfig, LlamaModel
 
@@ -148,6 +160,10 @@ def decoder() -> nn.Module:
 
 def vectors(*shape: int) -> Callable[[], Inputs]:
     return lambda: {"x": torch.randn(ROWS, *shape)}
+
+
+def images() -> Inputs:
+    return {"pixel_values": torch.randn(ROWS, 3, 8, 8)}
 
 
 def ids(name: str) -> Callable[[], Inputs]:
@@ -185,4 +201,5 @@ PLACES = (
     Place("block", Transformer, vectors(5, 8), ("block",), "the hidden state that leaves a transformer block"),
     Place("tokens", bert, ids("input_ids"), None, "the token sequence and the attentions that read it, of an encoder"),
     Place("decoder", decoder, ids("input_ids"), None, "the same of a decoder"),
+    Place("images", vision, images, None, "the pixels and patches that a vision transformer reads"),
 )  # fmt: skip

@@ -81,7 +81,7 @@ def one_spelling(text: str) -> str:
     body, _, rule = text.partition("#")
     body, _, param = body.partition("@")
     entry, _, path = body.rpartition(">")
-    shown_path = code(path) if path else "the block itself"
+    shown_path = code(path) if path else "the module itself"
     words = f"from {code(entry)} to {shown_path}" if entry else shown_path
     if param:
         return f"{words}, {'its rows of ' if rule else ''}tensor {code(param)}"

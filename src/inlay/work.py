@@ -16,6 +16,7 @@ from inlay.core.adapter import Adapter, adapt
 from inlay.core.errors import OptionError
 from inlay.data import Data, Prepared
 from inlay.data.batches import TokenRows
+from inlay.data.prepare import image_side
 from inlay.models import Opened
 from inlay.models.loftq import loftq
 from inlay.recipe import Recipe, Settings
@@ -64,6 +65,12 @@ class Work:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
+    def image_size(self, recipe: Recipe) -> int | tuple[int, int] | None:
+        """Of the images that the model is given; None for text."""
+        if self.task != "image-classification":
+            return None
+        return recipe.image_size or image_side(self.opened.processor)
+
     def attach(self, recipe: Recipe, name: str = "default") -> Adapter:
         """The recipe's methods on the model; every freshly initialised module is trained as part of the head."""
         head = recipe.head
@@ -79,6 +86,7 @@ class Work:
         adapter = adapt(
             self.model, list(recipe.placements()), recipe.where, name=name, exclude=recipe.exclude,
             layers=recipe.layers, overrides=recipe.overrides, head=head, seed=recipe.seed,
+            image_size=self.image_size(recipe),
         )  # fmt: skip
         if recipe.loftq:
             assert recipe.quantize is not None

@@ -18,7 +18,8 @@ from inlay.methods import LoReFT
 from laws.benches import Inputs, benches
 from laws.cases import Case, cases, model_of, stir
 
-BENCHES = ("classifier", "bert", "llama", "gpt2-mlp")
+BENCHES, IMAGES = ("classifier", "bert", "llama", "gpt2-mlp"), ("vpt", "pgn", "visualprompt")
+"""Where every method is tried, and the methods that are tried on images."""
 EDITS = LoReFT(r=2, positions="f2+l1").on("mlp.down")
 """Inside the blocks, where it is run again."""
 
@@ -38,7 +39,9 @@ class Counted:
 
 
 def shorter(feed: Inputs) -> Inputs:
-    """Another batch with other lengths."""
+    """Another batch with other lengths, or of fewer images."""
+    if "pixel_values" in feed:
+        return {"pixel_values": feed["pixel_values"][:2]}
     mask = torch.ones_like(feed["input_ids"])
     mask[0, 3:], mask[2, 2:] = 0, 0
     return feed | {"input_ids": feed["input_ids"].flip(0), "attention_mask": mask}
@@ -52,9 +55,13 @@ def test_same_steps(kind: str, reentrant: bool) -> None:
     same(train(recomputed(adapted(KINDS[kind]), reentrant), feed), wanted)
 
 
+def tried(case: Case) -> bool:
+    return case.bench.name in BENCHES or (case.bench.name == "vit" and case.method.name() in IMAGES)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases() if c.bench.name in BENCHES])
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases() if tried(c)])
 def test_same_steps_everywhere(case: Case, reentrant: bool) -> None:
     feeds = (case.feed(), shorter(case.feed()))
     try:

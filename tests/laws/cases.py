@@ -18,6 +18,7 @@ from inlay.core.method import (
     HiddenMethod,
     Method,
     ParameterMethod,
+    PixelMethod,
     TokenMethod,
     WeightMethod,
     method_class,
@@ -81,6 +82,9 @@ SETTINGS: dict[str, list[str]] = {
     "linadapter": ["linadapter(r=3)"],
     "loreft": ["loreft(r=2, positions='f2+l1')", "loreft(r=2, init='paper', positions='all')"],
     "direft": ["direft(r=2, positions='f2+l1')"],
+    "visualprompt": ["visualprompt(size=2)", "visualprompt(shape='random', size=3, init='normal')"],
+    "vpt": ["vpt(tokens=3)", "vpt(tokens=2, deep=false, width=6)"],
+    "pgn": ["pgn(tokens=2, library=5, side=16)"],
     "prompttuning": ["prompttuning(tokens=3)"],
     "ptuning": ["ptuning(tokens=3, hidden=3)", "ptuning(tokens=2, encoder='mlp', hidden=6)"],
     "ptuningv2": ["ptuningv2(tokens=3)", "ptuningv2(tokens=2, reparameterize=true, hidden=6)"],
@@ -106,6 +110,8 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
         return bench.tensors or None
     if isinstance(method, WeightMethod):
         return bench.where or None
+    if isinstance(method, PixelMethod):
+        return () if bench.name == "vit" else None
     if isinstance(method, HiddenMethod):
         return bench.hidden or None
     if isinstance(method, TokenMethod | AttentionMethod):

@@ -15,12 +15,14 @@ from inlay.core.attention import AttentionMount
 from inlay.core.calls import first, tensors_in
 from inlay.core.companion import Companion
 from inlay.core.errors import AdapterError, RouteError, near
-from inlay.core.method import AttentionMethod, Method, SideAttentionMethod
+from inlay.core.inserted import Inserted, Running
+from inlay.core.method import AttentionMethod, InsertedMethod, Method, SideAttentionMethod
 from inlay.core.mount import Level, Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.rotary import Rotary, rotaries
 from inlay.core.sites import Site
 from inlay.core.tokens import Entry, TokenMount
+from inlay.core.tracks import track_of
 
 
 @dataclass(eq=False)
@@ -54,6 +56,8 @@ class Call:
     """Real tokens of each row that are its prompt (batch,); None when all are."""
     positions: Tensor | None = None
     """Position ids (batch or 1, tokens), where the call gave some."""
+    running: dict[str, Running] = field(default_factory=dict)
+    """What is inserted into the hidden states of towers that are running, by the path of the mount."""
 
 
 @dataclass(frozen=True)
@@ -213,14 +217,17 @@ class Inlay(nn.Module):
     def token_mounts(self, site: Site, method: Method) -> list[TokenMount]:
         """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions.
 
-        One that changes the attention itself has the tower's rotary embeddings in the entry's stead, one that attends
-        beside it has the attentions alone.
+        In the entry's stead one that changes the attention itself has the tower's rotary embeddings, one that inserts
+        vectors among hidden states the tower's track, and one that attends beside the base the attentions alone.
         """
         assert site.tower is not None
         tokens = self.state.tokens
         found: list[TokenMount] = []
         if isinstance(method, AttentionMethod):
             found = [tokens.get(path) or Rotary(module, self, path) for path, module in rotaries(site)]
+        elif isinstance(method, InsertedMethod):
+            track = track_of(site)
+            found = [tokens.get(track.path) or Inserted(site.module, self, track)]
         elif not isinstance(method, SideAttentionMethod):
             found = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
         for spot in site.tower.at(site.parts):

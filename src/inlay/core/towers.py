@@ -20,6 +20,7 @@ from inlay.core.errors import CheckpointError, SiteError
 from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, SideAttentionMethod, TokenMethod
 from inlay.core.projections import Projection, projection
 from inlay.core.sites import Site
+from inlay.core.tracks import Track, read_track
 
 if TYPE_CHECKING:
     from inlay.core.where import Finder, Pattern
@@ -83,6 +84,8 @@ class Tower:
     decoder: nn.Module | None
     """The module that attends to this tower's output, virtual tokens included; they are never cut then."""
     spots: tuple[Spot, ...]
+    track: Track | None
+    """Where hidden states pass, if the tokens are patches of an image."""
 
     def at(self, paths: Iterable[str]) -> list[Spot]:
         """The attention modules with these paths; CheckpointError if one is not there."""
@@ -146,7 +149,7 @@ def read_tower(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> 
         table if isinstance(table, nn.Embedding) and "inputs_embeds" in arguments(modules[root]) else None,
         places if isinstance(places, nn.Embedding) else None,
         modules[trim] if trim and "pool" in parts and under(parts["pool"].path, root) else None,
-        decoder, spots,
+        decoder, spots, read_track(modules, parts, trim),
     )  # fmt: skip
 
 
