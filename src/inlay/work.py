@@ -6,14 +6,16 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import Adapter, adapt
+from inlay.core.contexts import ContextMethod
 from inlay.core.errors import OptionError
+from inlay.core.method import Placement
 from inlay.data import Data, Prepared
 from inlay.data.batches import TokenRows
 from inlay.models import Opened
@@ -64,6 +66,13 @@ class Work:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
+    def told(self, placement: Placement) -> Placement:
+        """A method that stands in for words of the class prompts knows them."""
+        method, prompt = placement.method, self.prepared.prompt
+        if prompt is None or not isinstance(method, ContextMethod):
+            return placement
+        return replace(placement, method=method.told(prompt))
+
     def attach(self, recipe: Recipe, name: str = "default") -> Adapter:
         """The recipe's methods on the model; every freshly initialised module is trained as part of the head."""
         head = recipe.head
@@ -77,7 +86,7 @@ class Work:
                 )
             head = list(self.opened.head)
         adapter = adapt(
-            self.model, list(recipe.placements()), recipe.where, name=name, exclude=recipe.exclude,
+            self.model, [self.told(placement) for placement in recipe.placements()], recipe.where, name=name, exclude=recipe.exclude,
             layers=recipe.layers, overrides=recipe.overrides, head=head, seed=recipe.seed,
         )  # fmt: skip
         if recipe.loftq:
@@ -126,14 +135,17 @@ def open_work(recipe: Settings, seed: int = 0, shared: Shared | None = None) -> 
     bits, group = (None, None) if recipe.loftq else (recipe.quantize, recipe.quantize_group)
     kept = Cache() if recipe.loftq else shared.opened  # LoftQ quantises the model for one adapter
     opened: Opened = kept.get(
-        [recipe.model, data.task, data.labels, dtype, seed, bits, group],
+        [recipe.model, data.task, data.labels, dtype, seed, bits, group, recipe.prompt],
         lambda: inlay.models.open(
-            recipe.model, data.task, labels=data.labels, dtype=dtype, seed=seed, quantize=bits, quantize_group=group
+            recipe.model, data.task, labels=data.labels, dtype=dtype, seed=seed, quantize=bits, quantize_group=group,
+            prompt=recipe.prompt,
         ),
     )
     prepared: Prepared = shared.prepared.get(
-        [data.fingerprint, opened.source, recipe.max_length, recipe.image_size, recipe.template],
-        lambda: inlay.data.prepare(data, opened.processor, recipe.max_length, recipe.image_size, recipe.template),
+        [data.fingerprint, opened.source, recipe.max_length, recipe.image_size, recipe.template, recipe.prompt],
+        lambda: inlay.data.prepare(
+            data, opened.processor, recipe.max_length, recipe.image_size, recipe.template, prompt=recipe.prompt
+        ),
     )
     device = device_of(recipe.device)
     opened.model.to(device)

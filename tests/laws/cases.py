@@ -12,6 +12,7 @@ from torch import nn
 import inlay
 from inlay.core.adapter import Adapter
 from inlay.core.companion import Companion
+from inlay.core.contexts import ContextMethod
 from inlay.core.method import (
     REGISTRY,
     AttentionMethod,
@@ -25,6 +26,9 @@ from inlay.core.method import (
 )
 from inlay.methods import LoRA
 from laws.benches import Bench, benches
+
+PROMPT = "words=[5, 7], closing=[9, 31]"
+"""The class prompts of the bench that has some."""
 
 SETTINGS: dict[str, list[str]] = {
     "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
@@ -81,6 +85,12 @@ SETTINGS: dict[str, list[str]] = {
     "linadapter": ["linadapter(r=3)"],
     "loreft": ["loreft(r=2, positions='f2+l1')", "loreft(r=2, init='paper', positions='all')"],
     "direft": ["direft(r=2, positions='f2+l1')"],
+    "coop": [
+        f"coop(tokens=2, init='words', {PROMPT})",
+        f"coop(tokens=3, position='middle', {PROMPT}, scale=0.5)",
+        f"coop(tokens=3, position='front', classes=5, {PROMPT}, scale=0.5)",
+    ],
+    "cocoop": [f"cocoop(tokens=2, init='words', {PROMPT}, reduction=3)", "cocoop(tokens=3, scale=0.5, reduction=2, chunk=7)"],
     "prompttuning": ["prompttuning(tokens=3)"],
     "prefixtuning": ["prefixtuning(tokens=3)", "prefixtuning(tokens=2, reparameterize=true, hidden=6)"],
 }
@@ -98,6 +108,8 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
     """Where a method of that family goes on a bench, empty for its own places; None where the bench has none."""
     if method.needs and not bench.grids:
         return None
+    if isinstance(method, ContextMethod):
+        return () if bench.prompts else None
     if isinstance(method, ParameterMethod):
         return bench.tensors or None
     if isinstance(method, WeightMethod):

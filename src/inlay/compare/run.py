@@ -12,7 +12,7 @@ from inlay.compare.pool import cores, run
 from inlay.compare.show import Board
 from inlay.core.files import write_text
 from inlay.evaluate.metrics import LOWER_IS_BETTER, NAMES, PRIMARY
-from inlay.evaluate.predict import Whole, measure
+from inlay.evaluate.predict import measure, whole
 from inlay.methods import Full
 from inlay.recipe import CompareRecipe, as_dict
 from inlay.report import Cell, Result, markdown, write_csv, write_html, write_json, write_svg
@@ -61,7 +61,7 @@ def collect(recipe: CompareRecipe, cells: list[Cell], opened: Any, workers: int)
         "backward: what autograd keeps of that step's forward, parameters not counted.",
     ]  # fmt: skip
     if not opened.opened.head:  # nothing is fresh, so the base does the task already
-        found = measure(Whole(opened), opened, "test", recipe.evaluate_batch)
+        found = measure(whole(opened), opened, "test", recipe.evaluate_batch)
         notes.append("The base without an adapter: " + ", ".join(f"{title(k)} {v:.3f}" for k, v in found.items()) + ".")
     notes += [opened.opened.note] if opened.opened.note else []
     full = next((row.label for row in recipe.rows() if isinstance(row.recipe.methods()[0], Full)), None)

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from inlay.core.attention import AttentionMount
 from inlay.core.calls import first, tensors_in
 from inlay.core.companion import Companion
+from inlay.core.contexts import Blanks, ContextMethod
+from inlay.core.dual import dual, is_dual
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.method import AttentionMethod, Method
 from inlay.core.mount import Level, Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
+from inlay.core.prompted import Prompted
 from inlay.core.rotary import Rotary, rotaries
 from inlay.core.sites import Site
 from inlay.core.tokens import Entry, TokenMount
@@ -54,6 +57,8 @@ class Call:
     """Real tokens of each row that are its prompt (batch,); None when all are."""
     positions: Tensor | None = None
     """Position ids (batch or 1, tokens), where the call gave some."""
+    blanks: Blanks | None = None
+    """Class prompts with blanks, while a text tower reads them."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class Inlay(nn.Module):
         if rows is None:
             return call
         mask, prompt = (t if t is None else t[rows] for t in (call.mask, call.prompt))
-        return Call(mask, call.past, prompt, call.positions)
+        return Call(mask, call.past, prompt, call.positions, call.blanks)
 
     @property
     def device(self) -> torch.device:
@@ -189,7 +194,7 @@ class Inlay(nn.Module):
             self.state.companions.setdefault(adapter, []).append(method)
             return
         if site.tower is not None:
-            for tokens in self.token_mounts(site, method):
+            for tokens in self.token_mounts(model, site, method):
                 tokens.levels.setdefault(adapter, []).append(Level(method, site))
             return
         for path, module in [(site.path, site.module), *((path, module) for path, module, _ in site.ties)]:
@@ -210,15 +215,19 @@ class Inlay(nn.Module):
             self.state.mounts[path] = Mount(module, self, path, owner)
         return self.state.mounts[path]
 
-    def token_mounts(self, site: Site, method: Method) -> list[TokenMount]:
+    def token_mounts(self, model: nn.Module, site: Site, method: Method) -> list[TokenMount]:
         """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions.
 
-        One that changes the attention itself has the tower's rotary embeddings in the entry's stead.
+        One that changes the attention itself has the tower's rotary embeddings in the entry's stead, one that fills
+        class prompts the table of token embeddings.
         """
         assert site.tower is not None
         tokens = self.state.tokens
         found: list[TokenMount]
-        if isinstance(method, AttentionMethod):
+        if isinstance(method, ContextMethod):
+            path = f"{site.key}.embed"
+            found = [tokens.get(path) or Prompted(dual(model), self, path)]
+        elif isinstance(method, AttentionMethod):
             found = [tokens.get(path) or Rotary(module, self, path) for path, module in rotaries(site)]
         else:
             found = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
@@ -372,6 +381,12 @@ class Inlay(nn.Module):
             prompt = spread(prompt, len(first(args, kwargs)))
         self.state.call = Call(mask, int(length), prompt, given.get("position_ids"))
         if self.routes is not None:
+            texts, images = given.get("input_ids"), given.get("pixel_values")
+            if is_dual(module) and texts is not None and images is not None and len(texts) != len(images):
+                raise RouteError(
+                    f"{len(images)} images meet {len(texts)} texts, which belong to all of them: rows of such a batch "
+                    "cannot be routed; use one adapter at a time"
+                )
             self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():
                 mount.served = False

@@ -62,8 +62,10 @@ class Tower:
     module: nn.Module
     embed: str
     """Neutral name of its embedding."""
+    table: nn.Embedding | None
+    """The table of token ids; None where tokens are no ids."""
     embedding: nn.Embedding | None
-    """The table of token ids; None where tokens are no ids, or the forward takes no embeddings in their stead."""
+    """The same; None where the forward takes no embeddings in their stead."""
     positions: nn.Embedding | None
     """The table of absolute positions, where there is one."""
     trim: nn.Module | None
@@ -71,6 +73,8 @@ class Tower:
     decoder: nn.Module | None
     """The module that attends to this tower's output, virtual tokens included; they are never cut then."""
     spots: tuple[Spot, ...]
+    joint: int | None = None
+    """In a dual encoder: numbers of the vectors in which texts meet images; None elsewhere."""
 
     def at(self, paths: Iterable[str]) -> list[Spot]:
         """The attention modules with these paths; CheckpointError if one is not there."""
@@ -83,8 +87,8 @@ class Tower:
     @torch.no_grad()
     def embedded(self, ids: list[int]) -> Tensor:
         """The input embeddings (len(ids), d) of some token ids."""
-        assert self.embedding is not None
-        return self.embedding(torch.tensor(ids, device=self.embedding.weight.device))
+        assert self.table is not None
+        return self.table(torch.tensor(ids, device=self.table.weight.device))
 
 
 def towers(model: nn.Module, known: Anatomy | None = None) -> list[Tower]:
@@ -131,11 +135,24 @@ def read_tower(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> 
         decoder = read_tower(modules, known, listening[0]).module
     return Tower(
         label, root, modules[root], f"{prefix}embed",
+        table if isinstance(table, nn.Embedding) else None,
         table if isinstance(table, nn.Embedding) and "inputs_embeds" in arguments(modules[root]) else None,
         places if isinstance(places, nn.Embedding) else None,
         modules[trim] if trim and "pool" in parts and under(parts["pool"].path, root) else None,
-        decoder, spots,
+        decoder, spots, joint_width(modules[""]),
     )  # fmt: skip
+
+
+SCALE, PROJECTION = "logit_scale", "visual_projection"
+"""What every dual encoder of transformers calls its temperature, and the last map of its images where it has one."""
+
+
+def joint_width(model: nn.Module) -> int | None:
+    """Numbers of the vectors in which the images and texts of a dual encoder meet; None for another model."""
+    if SCALE not in model._parameters:
+        return None
+    projection = model._modules.get(PROJECTION)
+    return projection.out_features if isinstance(projection, nn.Linear) else model.config.vision_config.hidden_size  # type: ignore[union-attr]
 
 
 def read_spot(modules: Mapping[str, nn.Module], parts: dict[str, Part], prefix: str, a: Attention) -> Iterator[Spot]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from inlay.core.anatomy import Anatomy, Part, anatomy
+from inlay.core.contexts import ContextMethod
+from inlay.core.dual import context_sites
 from inlay.core.errors import SiteError, near
 from inlay.core.hosts import Host, LinearHost, QuantisedHost, StoredHost, StoredTransposedHost, host_of, operation
 from inlay.core.method import AttentionMethod, HiddenMethod, Method, ParameterMethod, TokenMethod, WeightMethod
@@ -115,6 +117,8 @@ class Finder:
     # ------------------------------------------------------------------ parts to sites
     def sites(self, method: Method, patterns: Iterable[Pattern], dtype: Dtype) -> list[Site]:
         """The sites of a method, in model order, each place once."""
+        if isinstance(method, ContextMethod):
+            return context_sites(self, method, tuple(patterns), dtype)
         if isinstance(method, TokenMethod | AttentionMethod):
             return token_sites(self, method, tuple(patterns), dtype)
         chosen: dict[str, Site] = {}

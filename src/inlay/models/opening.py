@@ -16,7 +16,9 @@ from inlay.models.catalogue import ModelError, fetch, find, from_gguf, unknown
 from inlay.models.fewbits import open_few_bits, stored_in_few_bits
 from inlay.models.quiet import quiet
 
-TASKS = ("text-classification", "regression", "causal-lm", "image-classification", "features")
+BY_WORDS = "zero-shot-image-classification"
+"""What transformers calls the task of comparing an image with the text of every class."""
+TASKS = ("text-classification", "regression", "causal-lm", "image-classification", BY_WORDS, "features")
 _log = logging.getLogger("inlay")
 
 
@@ -51,6 +53,7 @@ def open(
     seed: int = 0,
     quantize: str | None = None,
     quantize_group: int | None = None,
+    prompt: str | None = None,
 ) -> Opened:
     """Open a model by embedded name, local folder, GGUF file or Hugging Face name.
 
@@ -63,12 +66,18 @@ def open(
         seed: of the fresh head's initialisation; the global random state is left as it was.
         quantize, quantize_group: store linear layers in few bits, as `inlay.models.quantise.quantise` does; None for
             none.
+        prompt: for image classification, the text in which the classes' names are to be read: the model is then a dual
+            encoder (CLIP, SigLIP, VisionTextDualEncoder) without a head, and the processor one of images and text.
 
     Raises:
         ModelError: unknown name, task or dtype; labels that do not fit; a checkpoint that does not fit the task.
     """
     if task is not None and task not in TASKS:
         raise ModelError(f"Unknown task {task!r}; known: {', '.join(TASKS)}.")
+    if prompt is not None:
+        if task not in ("image-classification", BY_WORDS):
+            raise ModelError(f"prompt is for classifying images by the text of their classes, not for {task}.")
+        task, num_labels, labels = BY_WORDS, None, None
     settings = _label_settings(task, num_labels, labels)
     source, note = _resolve(str(name_or_path))
     with quiet():
@@ -85,7 +94,7 @@ def open(
                     model, report = auto.from_pretrained(
                         source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
                     )
-            processor = _processor(source, model)
+            processor = AutoProcessor.from_pretrained(source) if task == BY_WORDS else _processor(source, model)
         except ModelError:
             raise
         except (OSError, ValueError) as error:
@@ -178,6 +187,7 @@ def _auto_class(task: str | None, config: Any) -> Any:
         "regression": transformers.AutoModelForSequenceClassification,
         "causal-lm": transformers.AutoModelForCausalLM,
         "image-classification": transformers.AutoModelForImageClassification,
+        BY_WORDS: transformers.AutoModelForZeroShotImageClassification,
         "features": transformers.AutoModel,
     }
     if task is not None:
