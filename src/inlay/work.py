@@ -85,8 +85,9 @@ class Work:
                     "name the head's modules yourself (head: […])"
                 )
             head = list(self.opened.head)
+        placements = [self.told(placement) for placement in recipe.placements()]
         adapter = adapt(
-            self.model, [self.told(placement) for placement in recipe.placements()], recipe.where, name=name, exclude=recipe.exclude,
+            self.model, placements, recipe.where, name=name, exclude=recipe.exclude,
             layers=recipe.layers, overrides=recipe.overrides, head=head, seed=recipe.seed,
         )  # fmt: skip
         if recipe.loftq:
@@ -137,7 +138,13 @@ def open_work(recipe: Settings, seed: int = 0, shared: Shared | None = None) -> 
     opened: Opened = kept.get(
         [recipe.model, data.task, data.labels, dtype, seed, bits, group, recipe.prompt],
         lambda: inlay.models.open(
-            recipe.model, data.task, labels=data.labels, dtype=dtype, seed=seed, quantize=bits, quantize_group=group,
+            recipe.model,
+            data.task,
+            labels=data.labels,
+            dtype=dtype,
+            seed=seed,
+            quantize=bits,
+            quantize_group=group,
             prompt=recipe.prompt,
         ),
     )

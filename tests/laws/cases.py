@@ -90,7 +90,10 @@ SETTINGS: dict[str, list[str]] = {
         f"coop(tokens=3, position='middle', {PROMPT}, scale=0.5)",
         f"coop(tokens=3, position='front', classes=5, {PROMPT}, scale=0.5)",
     ],
-    "cocoop": [f"cocoop(tokens=2, init='words', {PROMPT}, reduction=3)", "cocoop(tokens=3, scale=0.5, reduction=2, chunk=7)"],
+    "cocoop": [
+        f"cocoop(tokens=2, init='words', {PROMPT}, reduction=3)",
+        "cocoop(tokens=3, scale=0.5, reduction=2, chunk=7)",
+    ],
     "prompttuning": ["prompttuning(tokens=3)"],
     "prefixtuning": ["prefixtuning(tokens=3)", "prefixtuning(tokens=2, reparameterize=true, hidden=6)"],
 }

@@ -40,7 +40,9 @@ class Template:
             OptionError: a prompt in which `{}` is not there once.
         """
         if text.count(NAME) != 1:
-            raise OptionError(f"a class prompt holds {NAME} once, where the class goes ('a photo of a {{}}.'): {text!r}")
+            raise OptionError(
+                f"a class prompt holds {NAME} once, where the class goes ('a photo of a {{}}.'): {text!r}"
+            )
         bare, full = ([tokenizer(t.replace(NAME, name))["input_ids"] for name in PROBES] for t in (NAME, text))
         opening, before = shared(bare), shared(full)
         closing = shared([ids[::-1] for ids in full])

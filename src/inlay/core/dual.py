@@ -19,6 +19,7 @@ from inlay.core.towers import PROJECTION, Tower, common, joint_width, towers
 if TYPE_CHECKING:
     from inlay.core.where import Finder, Pattern
 
+
 @dataclass(frozen=True, eq=False)
 class Dual:
     """The parts of a dual encoder that class prompts and images meet in."""
@@ -50,9 +51,7 @@ def dual(model: nn.Module, known: Anatomy | None = None) -> Dual:
     return Dual(model, text, vision, model._modules.get(PROJECTION) or model.get_submodule(vision))
 
 
-def context_sites(
-    finder: Finder, method: ContextMethod, patterns: Sequence[Pattern], dtype: torch.dtype
-) -> list[Site]:
+def context_sites(finder: Finder, method: ContextMethod, patterns: Sequence[Pattern], dtype: torch.dtype) -> list[Site]:
     """The text tower of a dual encoder, the one place that contexts have."""
     text = dual(finder.model, finder.anatomy).text
     other = [p for p in patterns if p != "" and text.embed not in {part.name for part in finder.parts(p)}]

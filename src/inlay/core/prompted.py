@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from inlay.core.contexts import Blanks, ContextMethod
 from inlay.core.dual import Dual
 from inlay.core.errors import AdapterError, ComposeError, RouteError
-from inlay.core.tokens import TokenMount
 from inlay.core.hosts import hollow
+from inlay.core.tokens import TokenMount
 from inlay.core.towers import arguments
 
 if TYPE_CHECKING:

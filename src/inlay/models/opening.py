@@ -94,7 +94,7 @@ def open(
                     model, report = auto.from_pretrained(
                         source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
                     )
-            processor = AutoProcessor.from_pretrained(source) if task == BY_WORDS else _processor(source, model)
+            processor = _both(source) if task == BY_WORDS else _processor(source, model)
         except ModelError:
             raise
         except (OSError, ValueError) as error:
@@ -207,6 +207,13 @@ def _processor(source: str, model: Any) -> Any:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers look for the last real token
     return tokenizer
+
+
+def _both(source: str) -> Any:
+    """The processor of images and text of a dual encoder."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(source)
 
 
 def _fresh_modules(model: nn.Module, fresh: Iterable[str]) -> list[str]:
