@@ -110,7 +110,7 @@ def plan(
             quantise(model, quantize, find_head(Finder(model)) if head == "auto" else head or (), quantize_group)
         adapter = adapt(
             model, methods, list(where) if where else None, layers=layers, exclude=exclude, overrides=overrides,
-            head=head,
+            head=head, image_size=length if images else None,
         )  # fmt: skip
         count, in_head = adapter.adapter_parameters, adapter.head_parameters
         nbytes = sum(p.nbytes for p in adapter.parameters())

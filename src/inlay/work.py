@@ -18,6 +18,7 @@ from inlay.core.errors import OptionError
 from inlay.core.method import Placement
 from inlay.data import Data, Prepared
 from inlay.data.batches import TokenRows
+from inlay.data.prepare import image_side
 from inlay.models import Opened
 from inlay.models.loftq import loftq
 from inlay.recipe import Recipe, Settings
@@ -73,6 +74,13 @@ class Work:
             return placement
         return replace(placement, method=method.told(prompt))
 
+    def image_size(self, recipe: Recipe) -> int | tuple[int, int] | None:
+        """Of the images that the model is given; None for text."""
+        if self.task != "image-classification":
+            return None
+        processor = self.opened.processor
+        return recipe.image_size or image_side(processor if self.prepared.prompt is None else processor.image_processor)
+
     def attach(self, recipe: Recipe, name: str = "default") -> Adapter:
         """The recipe's methods on the model; every freshly initialised module is trained as part of the head."""
         head = recipe.head
@@ -89,6 +97,7 @@ class Work:
         adapter = adapt(
             self.model, placements, recipe.where, name=name, exclude=recipe.exclude,
             layers=recipe.layers, overrides=recipe.overrides, head=head, seed=recipe.seed,
+            image_size=self.image_size(recipe),
         )  # fmt: skip
         if recipe.loftq:
             assert recipe.quantize is not None

@@ -46,7 +46,7 @@ GATED = f"{PLAIN} mlp.gate"
 EXPERTS = "attn attn.q attn.k attn.v attn.o norm1 mlp norm2 router mlp.experts.gate_up mlp.experts.down"
 MIXER = "mixer mixer.in mixer.conv mixer.x mixer.dt mixer.out norm1"
 BERT_EMBED = "embed embed.position embed.type embed.norm"
-VIT = "patch embed norm"
+VIT = "patch embed embed.class norm"
 
 # case: (model_type, configuration, names in block 0 by tower, names outside blocks)
 CASES: dict[str, tuple[str, dict, dict[str, str], str]] = {
@@ -117,7 +117,8 @@ CASES: dict[str, tuple[str, dict, dict[str, str], str]] = {
     "dinov2-registers": ("dinov2_with_registers", VISION, {"": f"{PLAIN} scale1 scale2"}, VIT),
     "clip": ("clip", CLIP, {"text": PLAIN, "vision": PLAIN},
              "text.embed text.embed.position text.norm text.proj "
-             "vision.patch vision.embed vision.embed.position vision.embed.norm vision.norm vision.proj"),
+             "vision.patch vision.embed vision.embed.class vision.embed.position vision.embed.norm vision.norm "
+             "vision.proj"),
     "siglip": ("siglip", CLIP, {"text": PLAIN, "vision": PLAIN},
                "text.embed text.embed.position text.norm text.pool vision.patch vision.embed vision.embed.position "
                "vision.norm vision.pool vision.pool.q vision.pool.k vision.pool.v vision.pool.o vision.pool.norm "

@@ -19,6 +19,7 @@ from inlay.core.method import (
     HiddenMethod,
     Method,
     ParameterMethod,
+    PixelMethod,
     TokenMethod,
     WeightMethod,
     method_class,
@@ -94,6 +95,10 @@ SETTINGS: dict[str, list[str]] = {
         f"cocoop(tokens=2, init='words', {PROMPT}, reduction=3)",
         "cocoop(tokens=3, scale=0.5, reduction=2, chunk=7)",
     ],
+    "maple": [f"maple(tokens=2, init='words', scale=0.3, {PROMPT})", "maple(tokens=3, depth=1, scale=0.5)"],
+    "visualprompt": ["visualprompt(size=2)", "visualprompt(shape='random', size=3, init='normal')"],
+    "vpt": ["vpt(tokens=3)", "vpt(tokens=2, deep=false, width=6)"],
+    "pgn": ["pgn(tokens=2, library=5, side=16)"],
     "prompttuning": ["prompttuning(tokens=3)"],
     "prefixtuning": ["prefixtuning(tokens=3)", "prefixtuning(tokens=2, reparameterize=true, hidden=6)"],
 }
@@ -117,6 +122,8 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
         return bench.tensors or None
     if isinstance(method, WeightMethod):
         return bench.where or None
+    if isinstance(method, PixelMethod):
+        return () if bench.name == "vit" else None
     if isinstance(method, HiddenMethod):
         return bench.hidden or None
     if isinstance(method, TokenMethod | AttentionMethod):

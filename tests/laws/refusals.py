@@ -8,6 +8,7 @@ MAPS = {"conv1d", "conv1d-same", "conv1d-point", "conv2d", "conv2d-groups", "con
         "conv3d", "batchnorm"}  # fmt: skip
 TABLES = {"embedding", "embedding-tied"}
 UNSEEN = {"mha", "mha-split", "encoder", "encoder-padded", "mixtral", "qwen-moe", "gpt-oss"}
+TEXTS = {"gpt2-mlp", "gemma", "neox", "falcon", "mixtral", "qwen-moe", "gpt-oss", "bert", "classifier", "llama"}
 PACKED = {"int8-tensor", "int8-module", "nf4", "int4", "int8"}
 
 REFUSALS: list[tuple[str, set[str], str]] = [
@@ -37,6 +38,8 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     # what W of a grouped convolution cannot express
     ("RoAd", {"conv1d-same", "conv2d-groups"}, "would mix the outputs of different groups of 'conv'"),
     # no seam in the base's own code where the method could enter
+    ("VPT", TEXTS, "puts vectors among the hidden states of image patches"),
+    ("PGN", TEXTS, "puts vectors among the hidden states of image patches"),
     ("PromptTuning", {"vit"}, "its forward has no `inputs_embeds`"),
     ("LongLoRA", {"bert", "classifier", "vit"}, "is for decoders that stand alone: .* has no causal attention"),
     ("LongLoRA", {"gpt-oss"}, "computes plain causal attention, but GptOssAttention also has s_aux"),

@@ -40,6 +40,7 @@ def adapt(
     head: Literal["auto"] | Sequence[str] | None = "auto",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Adapter:
     """Attach one or several methods as a named adapter; the model stays the model it was.
 
@@ -55,6 +56,8 @@ def adapt(
             regression head of a task model, None trains none.
         dtype: type of trained tensors, float32 by default whatever the base holds.
         seed: seed of the initial values; the global random state is left alone.
+        image_size: side of the images in pixels, or (height, width), for methods on pixels; by default what the
+            model's configuration says.
 
     Raises:
         SiteError: a pattern matches nothing, or a method cannot act there.  ComposeError: methods that cannot stand
@@ -66,7 +69,7 @@ def adapt(
     patterns = None if where is None else (where,) if isinstance(where, str | type) else tuple(where)
     finder = Finder(model, exclude=tuple(exclude), layers=None if layers is None else tuple(layers))
     heads = find_head(finder) if head == "auto" else tuple(head or ())
-    finder = Finder(model, heads, tuple(exclude), None if layers is None else tuple(layers))
+    finder = Finder(model, heads, tuple(exclude), None if layers is None else tuple(layers), image_size)
     plans = []
     companions = [p.method for p in placements if isinstance(p.method, Companion)]
     for p in [part for placement in placements for part in parts_of(placement, patterns)]:

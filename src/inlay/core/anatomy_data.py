@@ -354,6 +354,7 @@ VIT = Tower(
     {
         "patch": "embeddings.patch_embeddings.projection",
         "embed": "embeddings",  # the module that outputs the tokens: patches, class token, positions
+        "embed.class": "embeddings@cls_token",
         "norm": "layernorm",
         "pool": "pooler.dense",
     },
@@ -391,6 +392,7 @@ CLIP_VISION = Tower(
     {
         "patch": "embeddings.patch_embedding",
         "embed": "embeddings",
+        "embed.class": "embeddings@class_embedding",
         "embed.position": "embeddings.position_embedding",
         "embed.norm": "pre_layrnorm",
         "norm": "post_layernorm",
@@ -505,7 +507,7 @@ TIMM_VIT = Tower(
         "norm2": "norm2",
         "scale2": "ls2",
     },
-    {"patch": "patch_embed.proj", "embed": "pos_drop", "norm": ("norm", "fc_norm")},
+    {"patch": "patch_embed.proj", "embed": "pos_drop", "embed.class": "@cls_token", "norm": ("norm", "fc_norm")},
     {"head": "head"},
     trim="norm",
     interface=False,

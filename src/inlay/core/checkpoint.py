@@ -28,6 +28,7 @@ from inlay.core.errors import CheckpointError, OptionError
 from inlay.core.files import atomic, canonical, sha256, tensor_bytes, tensors_digest, write_text
 from inlay.core.head import Head
 from inlay.core.hosts import QuantisedHost, hollow
+from inlay.core.images import first_convolution
 from inlay.core.method import Method, Placement, method_from
 from inlay.core.quantised import dense, is_quantised
 from inlay.core.quantised import shape as quantised_shape
@@ -159,6 +160,7 @@ def describe_site(site: Site) -> dict[str, Any]:
         "ties": [[path, name] for path, _, name in site.ties],
         "shape": stored_shape(site.module, site.param),
         "tower": None if site.tower is None else site.tower.label, "parts": site.parts,
+        "pixels": site.pixels,
     }  # fmt: skip
 
 
@@ -195,11 +197,20 @@ def identifying(site: Site) -> Iterator[tuple[str, str, Tensor]]:
     elif p is not None:
         yield site.path, site.param, p
     elif site.tower is not None:
-        table = None if site.tower.embedding is None else site.tower.embedding._parameters["weight"]
-        if table is not None:  # the base's own, not the copy that another method may train
-            yield site.tower.embed, "weight", table
+        yield from held_weight(site.tower.embed, site.tower.embedding)
+        if site.tower.track is not None and not site.tower.spots:
+            yield from held_weight(site.tower.embed, site.tower.track.patch)
         for spot in site.tower.spots:
             yield from ((spot.path, name, p) for name, p in spot.module.named_parameters())
+    elif site.pixels is not None:
+        yield from held_weight(site.path, first_convolution(site.module))
+
+
+def held_weight(path: str, module: nn.Module | None) -> Iterator[tuple[str, str, Tensor]]:
+    """A module's own weight, not the copy that another method may train."""
+    p = None if module is None else module._parameters["weight"]
+    if p is not None:
+        yield path, "weight", p
 
 
 # ---------------------------------------------------------------------- reading
@@ -372,4 +383,5 @@ def site_from(model: nn.Module, record: dict[str, Any], folder: Path) -> Site:
         path, module, record["name"], record["depth"], host, record["param"], rows, record["expert"],
         record["entry"], record["width"], key=record["key"], ties=ties,
         tower=None if record["tower"] is None else tower_of(model, record["tower"], path), parts=record["parts"],
+        pixels=tuple(record["pixels"]) if record.get("pixels") else None,
     )  # fmt: skip

@@ -15,15 +15,17 @@ from inlay.core.attention import AttentionMount
 from inlay.core.calls import first, tensors_in
 from inlay.core.companion import Companion
 from inlay.core.contexts import Blanks, ContextMethod
-from inlay.core.dual import dual, is_dual
+from inlay.core.dual import is_dual
 from inlay.core.errors import AdapterError, RouteError, near
-from inlay.core.method import AttentionMethod, Method
+from inlay.core.inserted import Inserted, Running
+from inlay.core.method import AttentionMethod, InsertedMethod, Method
 from inlay.core.mount import Level, Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.prompted import Prompted
 from inlay.core.rotary import Rotary, rotaries
 from inlay.core.sites import Site
 from inlay.core.tokens import Entry, TokenMount
+from inlay.core.tracks import track_of
 
 
 @dataclass(eq=False)
@@ -59,6 +61,8 @@ class Call:
     """Position ids (batch or 1, tokens), where the call gave some."""
     blanks: Blanks | None = None
     """Class prompts with blanks, while a text tower reads them."""
+    running: dict[str, Running] = field(default_factory=dict)
+    """What is inserted into the hidden states of towers that are running, by the path of the mount."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class Inlay(nn.Module):
         if rows is None:
             return call
         mask, prompt = (t if t is None else t[rows] for t in (call.mask, call.prompt))
-        return Call(mask, call.past, prompt, call.positions, call.blanks)
+        return Call(mask, call.past, prompt, call.positions, call.blanks, call.running)
 
     @property
     def device(self) -> torch.device:
@@ -194,7 +198,7 @@ class Inlay(nn.Module):
             self.state.companions.setdefault(adapter, []).append(method)
             return
         if site.tower is not None:
-            for tokens in self.token_mounts(model, site, method):
+            for tokens in self.token_mounts(site, method):
                 tokens.levels.setdefault(adapter, []).append(Level(method, site))
             return
         for path, module in [(site.path, site.module), *((path, module) for path, module, _ in site.ties)]:
@@ -215,20 +219,26 @@ class Inlay(nn.Module):
             self.state.mounts[path] = Mount(module, self, path, owner)
         return self.state.mounts[path]
 
-    def token_mounts(self, model: nn.Module, site: Site, method: Method) -> list[TokenMount]:
+    def token_mounts(self, site: Site, method: Method) -> list[TokenMount]:
         """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions.
 
-        One that changes the attention itself has the tower's rotary embeddings in the entry's stead, one that fills
-        class prompts the table of token embeddings.
+        In the entry's stead one that changes the attention itself has the tower's rotary embeddings, one that inserts
+        vectors among hidden states the tower's track, and one that fills class prompts the table of token embeddings.
         """
         assert site.tower is not None
         tokens = self.state.tokens
         found: list[TokenMount]
         if isinstance(method, ContextMethod):
             path = f"{site.key}.embed"
-            found = [tokens.get(path) or Prompted(dual(model), self, path)]
+            found = [tokens.get(path) or Prompted(site.tower, self, path)]
+            joint = site.tower.joint
+            if isinstance(method, InsertedMethod) and joint is not None and joint.track is not None:
+                found.append(tokens.get(joint.track.path) or Inserted(joint.vision, self, joint.track))
         elif isinstance(method, AttentionMethod):
             found = [tokens.get(path) or Rotary(module, self, path) for path, module in rotaries(site)]
+        elif isinstance(method, InsertedMethod):
+            track = track_of(site)
+            found = [tokens.get(track.path) or Inserted(site.module, self, track)]
         else:
             found = [tokens.get(site.path) or Entry(site.module, self, site.path, site.tower)]
         for spot in site.tower.at(site.parts):

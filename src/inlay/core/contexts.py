@@ -5,14 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from inlay.core.errors import AdapterError, OptionError
+from inlay.core.errors import AdapterError, OptionError, SiteError
 from inlay.core.method import Method, option
 from inlay.core.sites import Site
+from inlay.core.towers import towers
+
+if TYPE_CHECKING:
+    from inlay.core.where import Finder, Pattern
 
 NAME = "{}"
 """Where the class's name goes in a prompt."""
@@ -92,9 +96,12 @@ class ContextMethod(Method):
         return self.told(Template.read(prompt, tokenizer))
 
     def told(self, template: Template) -> Self:
-        return self.replace(
-            prompt=template.text, words=template.words, opening=template.opening, closing=template.closing
-        )
+        words = template.words[: self.most_words()]
+        return self.replace(prompt=template.text, words=words, opening=template.opening, closing=template.closing)
+
+    def most_words(self) -> int | None:
+        """How many words of a prompt leave at most; all by default."""
+        return None
 
     @property
     def ahead(self) -> int:
@@ -116,6 +123,10 @@ class ContextMethod(Method):
 
         `images` are the images' vectors of length 1, (images, e), for a conditional method.
         """
+
+    def deeper(self, i: int) -> Tensor | None:
+        """The vectors (M, d) that stand there when block i > 0 is entered; None: what block i − 1 made of them."""
+        return None
 
     def start(self, site: Site) -> Tensor:
         """The first M vectors (M, d): noise, or the prompt's words as the base embeds them."""
@@ -183,3 +194,21 @@ class Blanks:
             tensors = {n: t[own] if isinstance(t, Tensor) and t.shape[:1] == (whole,) else t for n, t in kwargs.items()}
             parts.append((tensors, Blanks(self.source, self.vector[own], self.vectors[own])))
         return parts
+
+
+def context_sites(finder: Finder, method: ContextMethod, patterns: Sequence[Pattern], dtype: torch.dtype) -> list[Site]:
+    """The text tower of a dual encoder, the one place that contexts have."""
+    known = towers(finder.model, finder.anatomy)
+    text = next((tower for tower in known if tower.joint is not None and tower.table is not None), None)
+    if text is None or text.table is None:
+        raise SiteError(
+            f"{method.label()} fills class prompts, and {type(finder.model).__name__} is no image-text model with two "
+            "towers (CLIP, SigLIP, VisionTextDualEncoder) that reads some"
+        )
+    other = [p for p in patterns if p != "" and text.embed not in {part.name for part in finder.parts(p)}]
+    if other or finder.layers is not None:
+        raise SiteError(f"{method.label()} fills the class prompts at '{text.embed}', its one place: leave `where` out")
+    width = text.table.embedding_dim
+    site = Site(text.root, text.module, text.embed, key=f"{text.root}.context", width=width, tower=text, dtype=dtype)
+    site.peers = [site]
+    return [site]

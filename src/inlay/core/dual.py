@@ -3,64 +3,48 @@ in one space, where a class is the text that names it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from inlay.core.anatomy import Anatomy, anatomy
-from inlay.core.contexts import ContextMethod
-from inlay.core.errors import SiteError
-from inlay.core.sites import Site
-from inlay.core.towers import PROJECTION, Tower, common, joint_width, towers
+from inlay.core.anatomy import Part
+from inlay.core.tracks import Track, read_track
 
-if TYPE_CHECKING:
-    from inlay.core.where import Finder, Pattern
+SCALE, PROJECTION = "logit_scale", "visual_projection"
+"""What every such model of transformers calls its temperature, and the last map of its images where it has one."""
 
 
 @dataclass(frozen=True, eq=False)
-class Dual:
-    """The parts of a dual encoder that class prompts and images meet in."""
+class Joint:
+    """What the text tower of a dual encoder is joined to."""
 
     model: nn.Module
-    text: Tower
-    vision: str
-    """Path of the image tower."""
+    """The dual encoder."""
+    vision: nn.Module
+    """The image tower."""
+    track: Track | None
+    """Where its hidden states pass, if it makes some of patches."""
     images: nn.Module
     """The module that gives the image's vector, as its output or as the `pooler_output` of that."""
+    width: int
+    """Numbers in that vector."""
 
 
 def is_dual(model: nn.Module) -> bool:
     """Whether a model compares every image with every text of a call: its rows of texts are no rows of images."""
-    return joint_width(model) is not None
+    return SCALE in model._parameters
 
 
-def dual(model: nn.Module, known: Anatomy | None = None) -> Dual:
-    """The two towers of a model; SiteError where it is no dual encoder that inlay knows."""
-    known = known or anatomy(model)
-    text = next((tower for tower in towers(model, known) if tower.label == "text" and tower.table is not None), None)
-    places = [part.path for name, part in known.parts.items() if name.startswith("vision.") and name != "vision.proj"]
-    if not is_dual(model) or text is None or not places:
-        raise SiteError(
-            f"{type(model).__name__} is no image-text model with two towers (CLIP, SigLIP, VisionTextDualEncoder): "
-            "there are no class prompts to act on"
-        )
-    vision = common(places)
-    return Dual(model, text, vision, model._modules.get(PROJECTION) or model.get_submodule(vision))
+def read_joint(modules: Mapping[str, nn.Module], parts: Mapping[str, Part], root: str, end: str | None) -> Joint | None:
+    """The joint of a dual encoder, by the parts of its image tower (names without prefix) and where it lies.
 
-
-def context_sites(finder: Finder, method: ContextMethod, patterns: Sequence[Pattern], dtype: torch.dtype) -> list[Site]:
-    """The text tower of a dual encoder, the one place that contexts have."""
-    text = dual(finder.model, finder.anatomy).text
-    other = [p for p in patterns if p != "" and text.embed not in {part.name for part in finder.parts(p)}]
-    if other or finder.layers is not None:
-        raise SiteError(f"{method.label()} fills the class prompts at '{text.embed}', its one place: leave `where` out")
-    assert text.table is not None
-    site = Site(
-        text.root, text.module, text.embed, key=f"{text.root}.context", width=text.table.embedding_dim, tower=text,
-        dtype=dtype,
-    )  # fmt: skip
-    site.peers = [site]
-    return [site]
+    None for other models, and for those whose towers are inside another model.
+    """
+    model, vision, projection = modules[""], modules[root], modules.get(PROJECTION)
+    if not is_dual(model):
+        return None
+    track = read_track(modules, parts, end)
+    if isinstance(projection, nn.Linear):
+        return Joint(model, vision, track, projection, projection.out_features)
+    return Joint(model, vision, track, vision, model.config.vision_config.hidden_size)  # type: ignore[union-attr]

@@ -195,8 +195,7 @@ def refuse(levels: Iterable[Level], dequantise: bool, requantise: bool) -> None:
     for level in levels:
         if not type(level.method).mergeable:
             raise MergeError(
-                f"{level.method.label()} at '{level.site.path}' cannot be merged: it acts on activations, "
-                "which no tensor of the base can stand for"
+                f"{level.method.label()} at '{level.site.path}' cannot be merged: {type(level.method).unmergeable}"
             )
         quantised = isinstance(level.site.host, QuantisedHost)
         if quantised and requantise and not isinstance(level.site.module, Storage):

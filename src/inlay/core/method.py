@@ -66,6 +66,8 @@ class Method(nn.Module, ABC):
     """Beginnings of the names of buffers that a training run needs to go on, and a saved adapter does not hold."""
     mergeable: ClassVar[bool] = False
     """Whether the adapted network can be written as the base network with other tensors."""
+    unmergeable: ClassVar[str] = "it acts on activations, which no tensor of the base can stand for"
+    """Why not, where it cannot."""
     strength = 1.0
     """Share of what it does that a built copy does now; below 1 only while its worth is measured (IST)."""
     resting = False
@@ -328,10 +330,23 @@ class HiddenMethod(Method):
     kind: ClassVar[str] = "hidden"
 
 
+class PixelMethod(HiddenMethod):
+    """Acts on the images a model reads, after their preprocessing: `before(x)`, x (batch, channels, height, width).
+
+    `site.pixels` tells (channels, height, width).
+    """
+
+    kind: ClassVar[str] = "input"
+    unmergeable: ClassVar[str] = (
+        "it acts on the images before the model reads them, outside of every tensor of the base"
+    )
+
+
 class TokenMethod(Method):
     """Adds virtual tokens to the sequence a network reads; sites are the towers of `inlay.core.towers`."""
 
     kind: ClassVar[str] = "tokens"
+    unmergeable: ClassVar[str] = "it adds tokens, which no tensor of the base can stand for"
 
     tokens: int = option(default=20, doc="virtual tokens p", low=1)
 
@@ -350,6 +365,21 @@ class PromptMethod(TokenMethod):
     @abstractmethod
     def prompt(self) -> Tensor:
         """P (p, d), in the space of the input embeddings."""
+
+
+class InsertedMethod(TokenMethod):
+    """[x_0, P_i, X]: vectors among a vision tower's hidden states, after the class token; cut off before pooling.
+
+    Sites are vision towers; `site.tower.track` tells blocks and widths. See `inlay.core.inserted`.
+    """
+
+    @abstractmethod
+    def inserted(self, i: int, x: Tensor) -> Tensor | None:
+        """P_i (p, d), or (batch, p, d), that enters block i; None leaves there what block i − 1 made of them.
+
+        P_0 must be given; it stands there before any normalisation that precedes the blocks. `x` (batch, channels,
+        height, width) are the pixels that the tower reads, of the rows this method acts on.
+        """
 
 
 class PrefixMethod(TokenMethod):
@@ -468,7 +498,7 @@ def uniform(shape: tuple[int, ...], bound: float) -> Tensor:
 
 
 __all__ = [
-    "REGISTRY", "AttentionMethod", "ComposeError", "DeltaMethod", "HiddenMethod", "Method", "ParameterMethod",
-    "Placement", "PrefixMethod", "PromptMethod", "TokenMethod", "WeightMethod", "method_class", "method_from", "option",
-    "register", "uniform",
+    "REGISTRY", "AttentionMethod", "ComposeError", "DeltaMethod", "HiddenMethod", "InsertedMethod", "Method",
+    "ParameterMethod", "PixelMethod", "Placement", "PrefixMethod", "PromptMethod", "TokenMethod", "WeightMethod",
+    "method_class", "method_from", "option", "register", "uniform",
 ]  # fmt: skip

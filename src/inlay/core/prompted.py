@@ -11,7 +11,7 @@ image keeps those with its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from inlay.core.contexts import Blanks, ContextMethod
-from inlay.core.dual import Dual
 from inlay.core.errors import AdapterError, ComposeError, RouteError
 from inlay.core.hosts import hollow
 from inlay.core.tokens import TokenMount
-from inlay.core.towers import arguments
+from inlay.core.towers import Tower, arguments
 
 if TYPE_CHECKING:
     from inlay.core.container import Inlay
@@ -36,11 +35,11 @@ PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0}
 class Prompted(TokenMount):
     """The contexts of one text tower; it sits at the table of token embeddings."""
 
-    def __init__(self, parts: Dual, inlay: Inlay, path: str) -> None:
-        assert parts.text.table is not None
-        super().__init__(parts.text.table, inlay, path)
-        self.parts = parts
-        self.names = arguments(parts.text.module)
+    def __init__(self, tower: Tower, inlay: Inlay, path: str) -> None:
+        assert tower.table is not None
+        super().__init__(tower.table, inlay, path)
+        self.tower = tower
+        self.names = arguments(tower.module)
         self.handles: list[Any] = []
         self.images: Tensor | None = None
         """Vectors of the running forward's images, for a method that depends on them."""
@@ -52,13 +51,15 @@ class Prompted(TokenMount):
         self.remove()
         if not self.levels:
             return
-        tower = self.parts.text.module
+        text, joint = self.tower.module, self.tower.joint
+        assert joint is not None
         self.handles = [
-            tower.register_forward_pre_hook(self.enter, with_kwargs=True),
+            text.register_forward_pre_hook(self.enter, with_kwargs=True),
             self.module.register_forward_hook(self.fill),
-            tower.register_forward_hook(self.leave, always_call=True),
-            self.parts.images.register_forward_hook(self.see),
-            self.parts.model.register_forward_hook(self.pick, always_call=True),
+            *(block.register_forward_pre_hook(Step(self, i)) for i, block in enumerate(self.tower.blocks) if i),
+            text.register_forward_hook(self.leave, always_call=True),
+            joint.images.register_forward_hook(self.see),
+            joint.model.register_forward_hook(self.pick, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -119,7 +120,7 @@ class Prompted(TokenMount):
 
     def columns(self, method: ContextMethod, n: int, mask: Tensor | None) -> int:
         """n′: the user's columns and what the context adds; a tower that reads its padding keeps its length."""
-        positions = self.parts.text.positions
+        positions = self.tower.positions
         asked = n - len(method.words) + method.tokens
         asked = asked if mask is not None else max(n, asked)
         return asked if positions is None else min(asked, positions.num_embeddings)
@@ -157,6 +158,19 @@ class Prompted(TokenMount):
         own = pairs.unflatten(0, (len(images), -1)).diagonal(dim1=0, dim2=2)
         texts = output["text_embeds"].unflatten(0, (len(images), -1))
         return type(output)(**{**output, "logits_per_text": own, "logits_per_image": own.T, "text_embeds": texts})
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens before block i > 0."""
+
+    mount: Prompted
+    i: int
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        blanks, method = self.mount.inlay.state.call.blanks, self.mount.acting()
+        vectors = None if blanks is None or method is None else method.deeper(self.i)
+        return None if blanks is None or vectors is None else (blanks.fill(args[0], vectors[None]), *args[1:])
 
 
 def verify(method: ContextMethod, ids: Tensor, mask: Tensor | None, columns: int) -> None:

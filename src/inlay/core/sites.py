@@ -59,6 +59,8 @@ class Site:
     """The tower of a site on the token sequence, see `inlay.core.towers`."""
     parts: list[str] = field(default_factory=list)
     """Paths of the attentions such a site takes in, for a prefix."""
+    pixels: tuple[int, int, int] | None = None
+    """(channels, height, width) of the images, where they enter."""
     inlay: Inlay | None = None
     uses: set[str] = field(default_factory=set)
     """Names of the shared tensors that the method here asked for."""

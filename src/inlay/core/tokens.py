@@ -51,6 +51,11 @@ class TokenMount(ABC):
         """The methods of these adapters here, in order."""
         return [level.method for name in names for level in self.levels.get(name, ())]
 
+    def acts(self) -> bool:
+        """Whether one of them acts on a row of the running forward."""
+        names = self.inlay.active if self.inlay.routes is None else self.inlay.routes
+        return any(name in self.levels for name in names)
+
 
 class Entry(TokenMount):
     """A tower's forward."""
@@ -121,10 +126,6 @@ class Entry(TokenMount):
         if self.tower.decoder is None and True in keep and (False in keep or virtual.length is not None):
             raise RouteError("prompts that stay in the output (keep=True) cannot stand beside others or none: use one")
         return True in keep or self.tower.decoder is not None
-
-    def acts(self) -> bool:
-        names = self.inlay.active if self.inlay.routes is None else self.inlay.routes
-        return any(name in self.levels for name in names)
 
     # ------------------------------------------------------------------ the forward
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
+from inlay.core.dual import Joint, read_joint
 from inlay.core.errors import CheckpointError, SiteError
 from inlay.core.hosts import host_of
 from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, TokenMethod
 from inlay.core.rows import rows_of
 from inlay.core.sites import Site
+from inlay.core.tracks import Track, read_track
 
 if TYPE_CHECKING:
     from inlay.core.where import Finder, Pattern
@@ -73,8 +75,12 @@ class Tower:
     decoder: nn.Module | None
     """The module that attends to this tower's output, virtual tokens included; they are never cut then."""
     spots: tuple[Spot, ...]
-    joint: int | None = None
-    """In a dual encoder: numbers of the vectors in which texts meet images; None elsewhere."""
+    track: Track | None
+    """Where hidden states pass, if the tokens are patches of an image."""
+    joint: Joint | None
+    """What a text tower is joined to in a dual encoder."""
+    blocks: tuple[nn.Module, ...]
+    """Its blocks, where they are modules."""
 
     def at(self, paths: Iterable[str]) -> list[Spot]:
         """The attention modules with these paths; CheckpointError if one is not there."""
@@ -139,20 +145,18 @@ def read_tower(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> 
         table if isinstance(table, nn.Embedding) and "inputs_embeds" in arguments(modules[root]) else None,
         places if isinstance(places, nn.Embedding) else None,
         modules[trim] if trim and "pool" in parts and under(parts["pool"].path, root) else None,
-        decoder, spots, joint_width(modules[""]),
+        decoder, spots, read_track(modules, parts, trim), joint_of(modules, known, label),
+        tuple(modules[part.path] for name, part in parts.items() if name == f"block[{part.depth}]"),
     )  # fmt: skip
 
 
-SCALE, PROJECTION = "logit_scale", "visual_projection"
-"""What every dual encoder of transformers calls its temperature, and the last map of its images where it has one."""
-
-
-def joint_width(model: nn.Module) -> int | None:
-    """Numbers of the vectors in which the images and texts of a dual encoder meet; None for another model."""
-    if SCALE not in model._parameters:
+def joint_of(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> Joint | None:
+    """What a text tower is joined to in a dual encoder."""
+    other = {n.removeprefix("vision."): part for n, part in known.parts.items() if n.startswith("vision.")}
+    if label != "text" or not other:
         return None
-    projection = model._modules.get(PROJECTION)
-    return projection.out_features if isinstance(projection, nn.Linear) else model.config.vision_config.hidden_size  # type: ignore[union-attr]
+    root = common([part.path for name, part in other.items() if name != "proj"])
+    return read_joint(modules, other, root, known.trims.get("vision"))
 
 
 def read_spot(modules: Mapping[str, nn.Module], parts: dict[str, Part], prefix: str, a: Attention) -> Iterator[Spot]:

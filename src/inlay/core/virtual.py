@@ -54,14 +54,19 @@ def left_padding(mask: Tensor) -> Tensor:
     return mask.ne(0).int().argmax(1, keepdim=True)
 
 
-def trimmed(output: Any, total: int, cut: int) -> Any:
-    """A module's output without its first `cut` columns, wherever it has `total`; of attention maps, the queries'."""
+def trimmed(output: Any, total: int, cut: int, at: int = 0) -> Any:
+    """A module's output without `cut` columns from `at`, wherever it has `total`; of attention maps, the queries'."""
     if isinstance(output, Tensor):
-        if output.dim() == 3 and output.shape[1] == total:
-            return output[:, cut:]
-        return output[:, :, cut:] if output.dim() == 4 and output.shape[2] == total else output
+        axis = {3: 1, 4: 2}.get(output.dim())
+        return output if axis is None or output.shape[axis] != total else without(output, axis, cut, at)
     if isinstance(output, dict):
-        return type(output)(**{name: trimmed(value, total, cut) for name, value in output.items()})
+        return type(output)(**{name: trimmed(value, total, cut, at) for name, value in output.items()})
     if type(output) in (tuple, list):
-        return type(output)(trimmed(value, total, cut) for value in output)
+        return type(output)(trimmed(value, total, cut, at) for value in output)
     return output
+
+
+def without(t: Tensor, axis: int, cut: int, at: int) -> Tensor:
+    """t without `cut` entries from `at` along an axis."""
+    after = t.narrow(axis, at + cut, t.shape[axis] - at - cut)
+    return torch.cat([t.narrow(axis, 0, at), after], axis) if at else after

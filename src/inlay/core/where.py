@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from inlay.core.anatomy import Anatomy, Part, anatomy
-from inlay.core.contexts import ContextMethod
-from inlay.core.dual import context_sites
+from inlay.core.contexts import ContextMethod, context_sites
 from inlay.core.errors import SiteError, near
 from inlay.core.hosts import Host, LinearHost, QuantisedHost, StoredHost, StoredTransposedHost, host_of, operation
-from inlay.core.method import AttentionMethod, HiddenMethod, Method, ParameterMethod, TokenMethod, WeightMethod
+from inlay.core.images import image_sites
+from inlay.core.method import (
+    AttentionMethod,
+    HiddenMethod,
+    InsertedMethod,
+    Method,
+    ParameterMethod,
+    PixelMethod,
+    TokenMethod,
+    WeightMethod,
+)
 from inlay.core.quantised import is_quantised
 from inlay.core.rows import Rows, rows_of
 from inlay.core.sites import Site
@@ -35,6 +44,8 @@ class Finder:
     head: tuple[str, ...] = ()
     exclude: tuple[Pattern, ...] = ()
     layers: tuple[int, ...] | None = None
+    image_size: int | tuple[int, int] | None = None
+    """Of the images, for methods on pixels; None: what the model's configuration says."""
     anatomy: Anatomy = field(init=False)
     modules: dict[str, nn.Module] = field(init=False)
 
@@ -119,6 +130,8 @@ class Finder:
         """The sites of a method, in model order, each place once."""
         if isinstance(method, ContextMethod):
             return context_sites(self, method, tuple(patterns), dtype)
+        if isinstance(method, InsertedMethod | PixelMethod):
+            return image_sites(self, method, tuple(patterns), dtype)
         if isinstance(method, TokenMethod | AttentionMethod):
             return token_sites(self, method, tuple(patterns), dtype)
         chosen: dict[str, Site] = {}

@@ -150,6 +150,15 @@ def _documents(rows: Rows, tokenizer: Any, length: int) -> tuple[TokenRows, str]
     return TokenRows({"input_ids": ids, "labels": ids}, None), ""
 
 
+def image_side(processor: Any) -> int | tuple[int, int] | None:
+    """The size of the images that an image processor makes: side, or (height, width); None if it does not say."""
+    settings = processor.to_dict()
+    size = (settings.get("crop_size") if settings.get("do_center_crop") else None) or settings.get("size") or {}
+    if "height" in size and "width" in size:
+        return size["height"], size["width"]
+    return size.get("shortest_edge")
+
+
 def size_options(processor: Any, side: int) -> dict[str, Any]:
     """The processor's options for square images of `side` pixels, cropping nothing but what is not square."""
     settings = processor.to_dict()

@@ -9,6 +9,7 @@ from inlay.methods.hidden.loreft import LoReFT
 from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
 from inlay.methods.hidden.ssf import SSF
+from inlay.methods.input.visualprompt import VisualPrompt
 from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
@@ -18,8 +19,11 @@ from inlay.methods.schedule.longlora import LongLoRA
 from inlay.methods.schedule.relora import ReLoRA
 from inlay.methods.tokens.cocoop import CoCoOp
 from inlay.methods.tokens.coop import CoOp
+from inlay.methods.tokens.maple import MaPLe
+from inlay.methods.tokens.pgn import PGN
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
+from inlay.methods.tokens.vpt import VPT
 from inlay.methods.weight.bitfit import BitFit
 from inlay.methods.weight.boft import BOFT
 from inlay.methods.weight.corda import CorDA
@@ -51,9 +55,10 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CoCoOp", "CoOp",
+    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "PGN", "SSF", "SVFT", "VPT", "AdaLoRA", "BitFit",
+    "CoCoOp", "CoOp",
     "CorDA", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby",
     "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
-    "LoRAXS", "LoReFT", "LongLoRA", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning",
-    "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "LoRAXS", "LoReFT", "LongLoRA", "MaPLe", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning",
+    "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "VisualPrompt", "WeightNorm",
 ]  # fmt: skip

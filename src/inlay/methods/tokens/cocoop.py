@@ -38,8 +38,8 @@ class CoCoOp(ContextMethod):
     def widths(self, site: Site) -> tuple[int, int]:
         """e, and the width of the hidden layer."""
         assert site.tower is not None
-        e = site.tower.joint
-        assert e is not None
+        assert site.tower.joint is not None
+        e = site.tower.joint.width
         return e, max(1, e // self.reduction)
 
     def count(self, site: Site) -> int:
