@@ -15,7 +15,7 @@ from inlay.recipe import Recipe, Row, load_recipe, rows_at
 
 FIELDS = (
     "method", "where", "exclude", "layers", "overrides", "head", "batch", "max_length", "image_size",
-    "quantize", "quantize_group", "gradient_checkpointing",
+    "quantize", "quantize_group", "gradient_checkpointing", "prompt",
 )  # fmt: skip
 """Recipe fields that a cost depends on."""
 
@@ -57,8 +57,11 @@ def planned(recipe: Recipe, args: argparse.Namespace, about_data: dict[str, Any]
     """The plan of one row as plain data."""
     import torch
 
+    from inlay.models.opening import BY_WORDS
     from inlay.plan import plan as predict
 
+    if recipe.prompt is not None:
+        about_data = about_data | {"task": BY_WORDS}
     dtype = args.dtype or ("bfloat16" if recipe.precision == "bfloat16" else "float32")
     found = predict(
         args.arch or recipe.model, recipe.placements(), recipe.where, layers=recipe.layers, exclude=recipe.exclude,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -47,4 +48,5 @@ def read_joint(modules: Mapping[str, nn.Module], parts: Mapping[str, Part], root
     track = read_track(modules, parts, end)
     if isinstance(projection, nn.Linear):
         return Joint(model, vision, track, projection, projection.out_features)
-    return Joint(model, vision, track, vision, model.config.vision_config.hidden_size)  # type: ignore[union-attr]
+    config: Any = model.config
+    return Joint(model, vision, track, vision, config.vision_config.hidden_size)

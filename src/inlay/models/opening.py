@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from inlay.core.dual import is_dual
 from inlay.models.catalogue import ModelError, fetch, find, from_gguf, unknown
 from inlay.models.fewbits import open_few_bits, stored_in_few_bits
 from inlay.models.quiet import quiet
@@ -94,6 +95,11 @@ def open(
                     model, report = auto.from_pretrained(
                         source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
                     )
+            if task == BY_WORDS and not is_dual(model):
+                raise ModelError(
+                    f"{name_or_path} ({config.model_type}) does not compare images with texts: leave prompt out, or "
+                    "open an image-text model (CLIP, SigLIP, VisionTextDualEncoder)."
+                )
             processor = _both(source) if task == BY_WORDS else _processor(source, model)
         except ModelError:
             raise
@@ -187,7 +193,7 @@ def _auto_class(task: str | None, config: Any) -> Any:
         "regression": transformers.AutoModelForSequenceClassification,
         "causal-lm": transformers.AutoModelForCausalLM,
         "image-classification": transformers.AutoModelForImageClassification,
-        BY_WORDS: transformers.AutoModelForZeroShotImageClassification,
+        BY_WORDS: transformers.AutoModel,  # its own class for this leaves VisionTextDualEncoderModel out
         "features": transformers.AutoModel,
     }
     if task is not None:
