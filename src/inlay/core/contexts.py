@@ -84,13 +84,6 @@ class ContextMethod(Method):
     opening: int = option(default=1, doc="special tokens before them", low=0)
     closing: list[int] = option(default=[], doc="token ids after the class, to the one that ends the prompt")
 
-    def validate(self) -> None:
-        if self.init == "words" and not self.words:
-            raise OptionError(
-                f"{type(self).__name__}: init='words' needs a prompt with words before its class: "
-                f"{type(self).__name__}(…).with_prompt('a photo of a {{}}.', tokenizer), or a recipe's prompt"
-            )
-
     def with_prompt(self, prompt: str, tokenizer: Any) -> Self:
         """The same method for class prompts made from this text (a transformers tokenizer reads it)."""
         return self.told(Template.read(prompt, tokenizer))
@@ -132,6 +125,11 @@ class ContextMethod(Method):
         """The first M vectors (M, d): noise, or the prompt's words as the base embeds them."""
         if self.init == "normal":
             return (torch.randn(self.tokens, site.features) * self.scale).to(site.dtype)
+        if not self.words:
+            raise OptionError(
+                f"{type(self).__name__}: init='words' needs a prompt with words before its class: "
+                f"{type(self).__name__}(…).with_prompt('a photo of a {{}}.', tokenizer), or a recipe's prompt"
+            )
         tower, inlay = site.tower, site.inlay
         assert tower is not None
         assert inlay is not None

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from inlay.core.anatomy import Part
 from inlay.core.tracks import Track, read_track
@@ -26,10 +27,15 @@ class Joint:
     """The image tower."""
     track: Track | None
     """Where its hidden states pass, if it makes some of patches."""
-    images: nn.Module
-    """The module that gives the image's vector, as its output or as the `pooler_output` of that."""
+    projection: nn.Linear | None
+    """What maps its pooled vectors to where texts are, if it is a module of the model."""
     width: int
-    """Numbers in that vector."""
+    """Numbers of the vectors in which texts and images meet."""
+
+    def vectors(self, output: Any) -> Tensor:
+        """The images' vectors at length 1, from what the image tower gives."""
+        pooled = output.pooler_output
+        return F.normalize(pooled if self.projection is None else self.projection(pooled), dim=-1)
 
 
 def is_dual(model: nn.Module) -> bool:
@@ -49,4 +55,4 @@ def read_joint(modules: Mapping[str, nn.Module], parts: Mapping[str, Part], root
     if isinstance(projection, nn.Linear):
         return Joint(model, vision, track, projection, projection.out_features)
     config: Any = model.config
-    return Joint(model, vision, track, vision, config.vision_config.hidden_size)
+    return Joint(model, vision, track, None, config.vision_config.hidden_size)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,7 +57,7 @@ class Prompted(TokenMount):
             self.module.register_forward_hook(self.fill),
             *(block.register_forward_pre_hook(Step(self, i)) for i, block in enumerate(self.tower.blocks) if i),
             text.register_forward_hook(self.leave, always_call=True),
-            joint.images.register_forward_hook(self.see),
+            joint.vision.register_forward_hook(self.see),
             joint.model.register_forward_hook(self.pick, always_call=True),
         ]
 
@@ -92,7 +91,8 @@ class Prompted(TokenMount):
         """Keep the images' vectors for a method that depends on them."""
         method = self.acting() if self.inlay.state.running else None
         if method is not None and method.conditional:
-            self.images = F.normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)
+            assert self.tower.joint is not None
+            self.images = self.tower.joint.vectors(output)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         method, self.waiting = self.acting(), []
@@ -182,8 +182,8 @@ def verify(method: ContextMethod, ids: Tensor, mask: Tensor | None, columns: int
     if not bool(begins.all()) or (method.ahead < method.tokens and not bool((ids == method.closing[-1]).any(1).all())):
         made = f"'{method.prompt}'" if method.prompt else "another prompt (opening, words, closing)"
         raise AdapterError(f"{method.label()} was made for {made}, and the class prompts of this call are not of it")
-    cut = slice(columns - method.tokens + k, None)
-    lost = ids[:, cut] != ids[:, -1:] if mask is None else mask[:, cut] != 0
+    end = columns - method.tokens + k  # where the user's columns are cut; the last must stay what it is without a mask
+    lost = ids[:, end - 1 :] != ids[:, -1:] if mask is None else mask[:, end:] != 0
     if bool(lost.any()):
         raise AdapterError(f"{method.tokens} vectors and the longest class name are more than the text tower reads")
 

@@ -30,7 +30,6 @@ class CoOp(ContextMethod):
     classes: int | None = option(default=None, doc="classes with a context each; null: one context for all", low=1)
 
     def validate(self) -> None:
-        super().validate()
         if self.ahead < self.tokens and self.prompt and not self.closing:
             raise OptionError(f"CoOp: the prompt {self.prompt!r} has no token after the class: position='end'")
 
