@@ -6,16 +6,15 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import Adapter, adapt
-from inlay.core.contexts import ContextMethod
+from inlay.core.contexts import told
 from inlay.core.errors import OptionError
-from inlay.core.method import Placement
 from inlay.data import Data, Prepared
 from inlay.data.batches import TokenRows
 from inlay.data.prepare import image_side
@@ -67,13 +66,6 @@ class Work:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def told(self, placement: Placement) -> Placement:
-        """A method that stands in for words of the class prompts knows them."""
-        method, prompt = placement.method, self.prepared.prompt
-        if prompt is None or not isinstance(method, ContextMethod):
-            return placement
-        return replace(placement, method=method.told(prompt))
-
     def image_size(self, recipe: Recipe) -> int | tuple[int, int] | None:
         """Of the images that the model is given; None for text."""
         if self.task != "image-classification":
@@ -93,7 +85,8 @@ class Work:
                     "name the head's modules yourself (head: […])"
                 )
             head = list(self.opened.head)
-        placements = [self.told(placement) for placement in recipe.placements()]
+        placements, prompt = recipe.placements(), self.prepared.prompt
+        placements = placements if prompt is None else [told(placement, prompt) for placement in placements]
         adapter = adapt(
             self.model, placements, recipe.where, name=name, exclude=recipe.exclude,
             layers=recipe.layers, overrides=recipe.overrides, head=head, seed=recipe.seed,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from inlay.core.errors import AdapterError, OptionError, SiteError
-from inlay.core.method import Method, option
+from inlay.core.method import Method, Placement, option
 from inlay.core.sites import Site
 from inlay.core.towers import towers
 
@@ -51,6 +51,12 @@ class Template:
         opening, before = shared(bare), shared(full)
         closing = shared([ids[::-1] for ids in full])
         return cls(text, opening, list(full[0][opening:before]), list(full[0][len(full[0]) - closing :]))
+
+    @classmethod
+    def guess(cls, text: str) -> Template:
+        """As much as can be said without a tokenizer, a token per word: enough to count what will be trained."""
+        before, after = text.split(NAME, 1)
+        return cls(text, 1, [1] * len(before.split()), [1] * (len(after.split()) + 1))
 
 
 def shared(rows: Sequence[Sequence[int]]) -> int:
@@ -136,6 +142,12 @@ class ContextMethod(Method):
         with inlay.only():
             found = tower.embedded((self.words * -(-self.tokens // len(self.words)))[: self.tokens])
         return found.to(site.dtype, copy=True)
+
+
+def told(placement: Placement, template: Template) -> Placement:
+    """A placement whose method, if it stands in for words of class prompts, knows them."""
+    method = placement.method
+    return replace(placement, method=method.told(template)) if isinstance(method, ContextMethod) else placement
 
 
 @dataclass(frozen=True)

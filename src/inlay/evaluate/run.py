@@ -73,6 +73,7 @@ def evaluate(
     base: str | None = None,
     any_base: bool = False,
     device: str = "auto",
+    prompt: str | None = None,
 ) -> dict[str, float]:
     """Metrics on a split.
 
@@ -89,6 +90,7 @@ def evaluate(
         max_new_tokens: length of generated answers.
         base: another base than the one the adapter names.
         any_base: accept one whose adapted weights are not those of training.
+        prompt: the class prompt of an opened dual encoder; an adapter's own otherwise.
 
     Returns:
         Classification: accuracy, macro_f1, mcc. Regression: pearson, spearman, mse. Language models: loss per answer
@@ -125,7 +127,7 @@ def evaluate(
         about.get("max_length"),
         about.get("image_size"),
         about.get("template") if data.task == "causal-lm" else None,
-        prompt=recipe.get("prompt"),
+        prompt=prompt or recipe.get("prompt"),
     )
     place = device_of(device)
     found.opened.model.to(place)
