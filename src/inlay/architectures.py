@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from inlay.core.errors import OptionError, near
+from inlay.models.opening import BY_WORDS
 
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -56,12 +57,26 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "dinov2_with_registers", "image-classification",
         {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14},
     ),
+    "clip-vit-b16": (
+        "clip", BY_WORDS,
+        {"vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16,
+                           "intermediate_size": 3072}, "projection_dim": 512},
+    ),
     "mobilenetv2": ("mobilenet_v2", "image-classification", {"tf_padding": False}),
     "resnet50": ("resnet", "image-classification", {"downsample_in_bottleneck": True}),
 }  # fmt: skip
 
 
-IMAGE_SIZES = {"dinov2-small": 224}
+ARCHITECTURES |= {
+    f"lit-{vision}": (
+        "vision-text-dual-encoder", BY_WORDS,
+        {"vision_config": {"model_type": ARCHITECTURES[vision][0], **ARCHITECTURES[vision][2], **more},
+         "text_config": {"model_type": "bert", **ARCHITECTURES["minilm"][2]}, "projection_dim": 256},
+    ) for vision, more in (("mobilenetv2", {"hidden_size": 1280}), ("dinov2-small", {}))
+}  # fmt: skip
+
+
+IMAGE_SIZES = {"dinov2-small": 224, "lit-dinov2-small": 70, "lit-mobilenetv2": 112}
 """Side of the images that a model is given, where its configuration states the largest one."""
 
 
@@ -81,6 +96,8 @@ def configuration(arch: str, labels: int = 2) -> tuple[Any, str, int]:
     config = own_configuration(arch)
     heads = " ".join(config.architectures or [])
     task = "causal-lm" if "CausalLM" in heads or "LMHead" in heads else "text-classification"
+    if config.model_type in ("clip", "siglip", "siglip2", "vision-text-dual-encoder"):
+        task = BY_WORDS
     if config.model_type in ("vit", "dinov2", "dinov2_with_registers", "resnet", "mobilenet_v2"):
         task = "image-classification"
     if task != "causal-lm":
@@ -113,5 +130,5 @@ def own_configuration(arch: str) -> Any:
 
 def image_size(config: Any) -> int:
     """The side that a configuration states, 224 where it states none."""
-    size = getattr(config, "image_size", None)
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
     return size if isinstance(size, int) else 224

@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 from inlay.core.errors import InlayError
 
@@ -31,7 +32,7 @@ class ArchiveError(InlayError, RuntimeError):
 
 @dataclass(frozen=True)
 class Archive:
-    """One file in a package registry (`pypi` or `npm`); `bytes` is its exact size, `sha256` its content."""
+    """One file in a package registry (`pypi`, `npm` or `debian`); `bytes` is its exact size, `sha256` its content."""
 
     registry: str
     package: str
@@ -110,7 +111,7 @@ def fetch(archive: Archive) -> Path:
 
 
 def read(path: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of the members of a zip (wheel) or tar archive whose name matches `pattern`."""
+    """Yield (name, content) of the members of a zip (wheel), tar or Debian archive whose name matches `pattern`."""
     wanted = re.compile(pattern)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -118,12 +119,27 @@ def read(path: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
                 if not info.is_dir() and wanted.search(info.filename):
                     yield info.filename, archive.read(info)
     else:
-        with tarfile.open(path, "r|*") as stream:
+        with _tar(path) as file, tarfile.open(fileobj=file, mode="r|*") as stream:
             for member in stream:
                 if member.isfile() and wanted.search(member.name):
                     content = stream.extractfile(member)
                     assert content is not None  # true of every regular file
                     yield member.name, content.read()
+
+
+def _tar(path: Path) -> BinaryIO:
+    """A tar file from its beginning: the file itself, or the member of a Debian package that holds the files."""
+    file = open(path, "rb")  # noqa: SIM115  (the caller closes it)
+    if file.read(8) != b"!<arch>\n":
+        file.seek(0)
+        return file
+    while header := file.read(60):
+        name, size = header[:16].decode().strip(), int(header[48:58])
+        if name.startswith("data.tar"):
+            return file
+        file.seek(size + size % 2, os.SEEK_CUR)
+    file.close()
+    raise ArchiveError(f"{path.name} is no Debian package: it has no data.tar")
 
 
 def read_one(path: Path, pattern: str) -> bytes:
@@ -168,7 +184,17 @@ def _npm(archive: Archive, folder: Path) -> list[str]:
     return [npm, "pack", *options, f"{archive.package}@{archive.version}"]
 
 
-_CLIENTS: dict[str, Callable[[Archive, Path], list[str]]] = {"pypi": _pypi, "npm": _npm}
+def _debian(archive: Archive, folder: Path) -> list[str]:
+    apt = shutil.which("apt-get")
+    if apt is None:
+        raise ArchiveError(
+            f"{archive} needs the `apt-get` client of Debian and its kin: put {archive.file} into "
+            f"{archive.path.parent} yourself."
+        )
+    return [apt, "--quiet", "download", f"{archive.package}={archive.version}"]
+
+
+_CLIENTS: dict[str, Callable[[Archive, Path], list[str]]] = {"pypi": _pypi, "npm": _npm, "debian": _debian}
 
 
 def _download(archive: Archive) -> None:

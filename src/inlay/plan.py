@@ -21,13 +21,18 @@ from inlay.architectures import configuration
 from inlay.core.adapter import Adapter, Methods, adapt
 from inlay.core.building import find_head
 from inlay.core.checkpoint import describe_site, stored_tensors
+from inlay.core.dual import is_dual
 from inlay.core.errors import OptionError
 from inlay.core.files import canonical
 from inlay.core.where import Finder
+from inlay.evaluate.predict import of_the_right_class
 from inlay.models.loftq import base_bytes
+from inlay.models.opening import BY_WORDS
 from inlay.models.quantise import quantise
 from inlay.optim import optimizer as adapter_optimizer
 
+PROMPT = 12
+"""Tokens of a class prompt, about as many as "a photo of a golden retriever." has."""
 ABOUT_BYTES = 3000
 """What a description says besides its sites: recipe, task, metrics, digests; about 3 kB as `train` writes it."""
 
@@ -101,7 +106,7 @@ def plan(
         raise OptionError("batch, length and labels must be at least 1")
     config, own_task, size = configuration(arch, labels)
     task = task or own_task
-    images, most = task == "image-classification", longest(config)
+    images, most = task in ("image-classification", BY_WORDS), longest(config)
     length = length or (size if images else min(128, most))
     if images:
         check_side(arch, config, length)
@@ -149,6 +154,7 @@ def skeleton(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
         "image-classification": transformers.AutoModelForImageClassification,
         "text-classification": transformers.AutoModelForSequenceClassification,
         "regression": transformers.AutoModelForSequenceClassification,
+        BY_WORDS: transformers.AutoModel,
     }[task]
     if type(config) not in auto._model_mapping:
         raise OptionError(f"transformers has no {task} model of the architecture '{config.model_type}'")
@@ -178,10 +184,17 @@ def step_bytes(adapter: Adapter, config: Any, task: str, batch: int, length: int
     for t in (*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())):
         live.add(t.untyped_storage())
     with live:
-        inputs = example(config, task, batch, length)
-        model(**inputs).loss.backward()
+        loss_of(model, example(config, task, batch, length)).backward()
         optimizer.step()
     return live.peak
+
+
+def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The loss of a batch; of a dual encoder that of naming each image."""
+    if not is_dual(model):
+        return model(**inputs).loss
+    labels = inputs.pop("labels")
+    return of_the_right_class(model(**inputs), {"labels": labels})
 
 
 def example(config: Any, task: str, batch: int, length: int) -> dict[str, Tensor]:
@@ -189,6 +202,10 @@ def example(config: Any, task: str, batch: int, length: int) -> dict[str, Tensor
     if task == "image-classification":
         pixels = torch.zeros(batch, getattr(config, "num_channels", 3), length, length)
         return {"pixel_values": pixels, "labels": torch.zeros(batch, dtype=torch.long)}
+    if task == BY_WORDS:
+        prompts = torch.zeros(config.num_labels, PROMPT, dtype=torch.long)
+        images = example(config.vision_config, "image-classification", batch, length)
+        return images | {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
     ids = torch.zeros(batch, length, dtype=torch.long)
     if task == "causal-lm":
         return {"input_ids": ids, "labels": ids}
@@ -206,7 +223,7 @@ def longest(config: Any) -> int:
 
 def check_side(arch: str, config: Any, side: int) -> None:
     """OptionError where images cannot be cut into patches."""
-    patch = getattr(config, "patch_size", None)
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
     if isinstance(patch, int) and side % patch:
         raise OptionError(f"{arch} cuts images into patches of {patch} pixels: {side} is no multiple of it")
 

@@ -32,6 +32,9 @@ class Settings:
     max_length: int | None = option(default=None, doc="tokens kept per row", low=1)
     image_size: int | None = option(default=None, doc="side of images in pixels", low=1)
     template: str | None = option(default=None, doc="chat template (Jinja) instead of the tokenizer's own")
+    prompt: str | None = option(
+        default=None, doc="classify images by the text of their classes, {} in this prompt; for image-text models"
+    )
     # ------------------------------------------------------------------ where the method goes
     where: list[str] | None = option(default=None, doc="places to adapt; each method's own when null")
     exclude: list[str] = option(default=[], doc="places to leave out")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import Adapter, adapt
+from inlay.core.contexts import told
 from inlay.core.errors import OptionError
 from inlay.data import Data, Prepared
 from inlay.data.batches import TokenRows
@@ -69,7 +70,8 @@ class Work:
         """Of the images that the model is given; None for text."""
         if self.task != "image-classification":
             return None
-        return recipe.image_size or image_side(self.opened.processor)
+        processor = self.opened.processor
+        return recipe.image_size or image_side(processor if self.prepared.prompt is None else processor.image_processor)
 
     def attach(self, recipe: Recipe, name: str = "default") -> Adapter:
         """The recipe's methods on the model; every freshly initialised module is trained as part of the head."""
@@ -83,8 +85,10 @@ class Work:
                     "name the head's modules yourself (head: […])"
                 )
             head = list(self.opened.head)
+        placements, prompt = recipe.placements(), self.prepared.prompt
+        placements = placements if prompt is None else [told(placement, prompt) for placement in placements]
         adapter = adapt(
-            self.model, list(recipe.placements()), recipe.where, name=name, exclude=recipe.exclude,
+            self.model, placements, recipe.where, name=name, exclude=recipe.exclude,
             layers=recipe.layers, overrides=recipe.overrides, head=head, seed=recipe.seed,
             image_size=self.image_size(recipe),
         )  # fmt: skip
@@ -134,14 +138,23 @@ def open_work(recipe: Settings, seed: int = 0, shared: Shared | None = None) -> 
     bits, group = (None, None) if recipe.loftq else (recipe.quantize, recipe.quantize_group)
     kept = Cache() if recipe.loftq else shared.opened  # LoftQ quantises the model for one adapter
     opened: Opened = kept.get(
-        [recipe.model, data.task, data.labels, dtype, seed, bits, group],
+        [recipe.model, data.task, data.labels, dtype, seed, bits, group, recipe.prompt],
         lambda: inlay.models.open(
-            recipe.model, data.task, labels=data.labels, dtype=dtype, seed=seed, quantize=bits, quantize_group=group
+            recipe.model,
+            data.task,
+            labels=data.labels,
+            dtype=dtype,
+            seed=seed,
+            quantize=bits,
+            quantize_group=group,
+            prompt=recipe.prompt,
         ),
     )
     prepared: Prepared = shared.prepared.get(
-        [data.fingerprint, opened.source, recipe.max_length, recipe.image_size, recipe.template],
-        lambda: inlay.data.prepare(data, opened.processor, recipe.max_length, recipe.image_size, recipe.template),
+        [data.fingerprint, opened.source, recipe.max_length, recipe.image_size, recipe.template, recipe.prompt],
+        lambda: inlay.data.prepare(
+            data, opened.processor, recipe.max_length, recipe.image_size, recipe.template, prompt=recipe.prompt
+        ),
     )
     device = device_of(recipe.device)
     opened.model.to(device)

@@ -98,6 +98,8 @@ class Bench:
     """Patterns for methods that train copies of base tensors."""
     tokens: bool = False
     """Whether methods that act on the token sequence find one here."""
+    prompts: bool = False
+    """Whether it compares images with class prompts."""
     routable: bool = True
     quantised: bool = False
     grids: bool = False
@@ -152,6 +154,18 @@ def words(mask: bool = False) -> Callable[[], Inputs]:
         return {"input_ids": ids, "attention_mask": keep}
 
     return make
+
+
+def captioned() -> Inputs:
+    """Four images and the prompts of five classes: [1] 5 7 class [9] [31], two classes of two tokens."""
+    names = [[11], [12, 13], [14], [15], [16, 12]]
+    rows = [[1, 5, 7, *name, 9, 31] for name in names]
+    n = max(map(len, rows))
+    return {
+        "pixel_values": torch.randn(4, 3, 8, 8),
+        "input_ids": torch.tensor([row + [0] * (n - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (n - len(row)) for row in rows]),
+    }
 
 
 def padded_ids() -> Inputs:
@@ -275,6 +289,7 @@ def benches() -> dict[str, Bench]:
               ("mlp",), tokens=True),
         Bench("llama", nets.llama, words(), LLAMA, QVD, ("mlp", "attn"), tokens=True),
         Bench("vit", nets.vit, lambda: {"pixel_values": torch.randn(4, 3, 8, 8)}, VIT, QVD, ("mlp",), tokens=True),
+        Bench("dual", nets.dual, captioned, tensors=(), prompts=True, routable=False),
         Bench("lstm", nets.Recurrent, vectors(4, 5, 6)),
     ]  # fmt: skip
     return {b.name: b for b in found}

@@ -12,6 +12,7 @@ from torch import nn
 import inlay
 from inlay.core.adapter import Adapter
 from inlay.core.companion import Companion
+from inlay.core.contexts import ContextMethod
 from inlay.core.method import (
     REGISTRY,
     AttentionMethod,
@@ -26,6 +27,9 @@ from inlay.core.method import (
 )
 from inlay.methods import LoRA
 from laws.benches import Bench, benches
+
+PROMPT = "words=[5, 7], closing=[9, 31]"
+"""The class prompts of the bench that has some."""
 
 SETTINGS: dict[str, list[str]] = {
     "lora": ["lora(r=3, alpha=6)", "lora(r=2, rank_stabilized=true, init='gaussian', bias=true)"],
@@ -82,6 +86,16 @@ SETTINGS: dict[str, list[str]] = {
     "linadapter": ["linadapter(r=3)"],
     "loreft": ["loreft(r=2, positions='f2+l1')", "loreft(r=2, init='paper', positions='all')"],
     "direft": ["direft(r=2, positions='f2+l1')"],
+    "coop": [
+        f"coop(tokens=2, init='words', {PROMPT})",
+        f"coop(tokens=3, position='middle', {PROMPT}, scale=0.5)",
+        f"coop(tokens=3, position='front', classes=5, {PROMPT}, scale=0.5)",
+    ],
+    "cocoop": [
+        f"cocoop(tokens=2, init='words', {PROMPT}, reduction=3)",
+        "cocoop(tokens=3, scale=0.5, reduction=2, chunk=7)",
+    ],
+    "maple": [f"maple(tokens=2, init='words', scale=0.3, {PROMPT})", "maple(tokens=3, depth=1, scale=0.5)"],
     "visualprompt": ["visualprompt(size=2)", "visualprompt(shape='random', size=3, init='normal')"],
     "vpt": ["vpt(tokens=3)", "vpt(tokens=2, deep=false, width=6)"],
     "pgn": ["pgn(tokens=2, library=5, side=16)"],
@@ -106,6 +120,8 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
     """Where a method of that family goes on a bench, empty for its own places; None where the bench has none."""
     if method.needs and not bench.grids:
         return None
+    if isinstance(method, ContextMethod):
+        return () if bench.prompts else None
     if isinstance(method, ParameterMethod):
         return bench.tensors or None
     if isinstance(method, WeightMethod):

@@ -230,6 +230,16 @@ def gpt_oss() -> nn.Module:
     return made
 
 
+def dual() -> nn.Module:
+    """A CLIP; 31 ends a prompt."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text = SMALL | {"num_hidden_layers": 2, "eos_token_id": 31}
+    vision = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+              "image_size": 8, "patch_size": 4}  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10))
+
+
 def vit() -> nn.Module:
     return _auto("AutoModel", "vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24,
                  image_size=8, patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip

@@ -15,7 +15,7 @@ from inlay.recipe import Recipe, Row, load_recipe, rows_at
 
 FIELDS = (
     "method", "where", "exclude", "layers", "overrides", "head", "batch", "max_length", "image_size",
-    "quantize", "quantize_group", "loftq", "gradient_checkpointing",
+    "quantize", "quantize_group", "loftq", "gradient_checkpointing", "prompt",
 )  # fmt: skip
 """Recipe fields that a cost depends on."""
 
@@ -57,11 +57,17 @@ def planned(recipe: Recipe, args: argparse.Namespace, about_data: dict[str, Any]
     """The plan of one row as plain data."""
     import torch
 
+    from inlay.core.contexts import Template, told
+    from inlay.models.opening import BY_WORDS
     from inlay.plan import plan as predict
 
+    placements = recipe.placements()
+    if recipe.prompt is not None:
+        about_data = about_data | {"task": BY_WORDS}
+        placements = [told(placement, Template.guess(recipe.prompt)) for placement in placements]
     dtype = args.dtype or ("bfloat16" if recipe.precision == "bfloat16" else "float32")
     found = predict(
-        args.arch or recipe.model, recipe.placements(), recipe.where, layers=recipe.layers, exclude=recipe.exclude,
+        args.arch or recipe.model, placements, recipe.where, layers=recipe.layers, exclude=recipe.exclude,
         overrides=recipe.overrides, head=recipe.head, batch=recipe.batch,
         length=args.length or recipe.max_length or recipe.image_size, dtype=getattr(torch, dtype),
         quantize=recipe.quantize, quantize_group=recipe.quantize_group, loftq=recipe.loftq,

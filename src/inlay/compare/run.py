@@ -10,9 +10,10 @@ from typing import Any
 from inlay.compare.grid import tasks
 from inlay.compare.pool import cores, run
 from inlay.compare.show import Board
+from inlay.compare.zeroshot import zero_shot
 from inlay.core.files import write_text
 from inlay.evaluate.metrics import LOWER_IS_BETTER, NAMES, PRIMARY
-from inlay.evaluate.predict import Whole, measure
+from inlay.evaluate.predict import measure, whole
 from inlay.methods import Full
 from inlay.recipe import CompareRecipe, as_dict
 from inlay.report import Cell, Result, markdown, write_csv, write_html, write_json, write_svg
@@ -60,13 +61,15 @@ def collect(recipe: CompareRecipe, cells: list[Cell], opened: Any, workers: int)
         "Peak memory: the most bytes of tensors alive at any moment of a training step on the longest batch. Saved for "
         "backward: what autograd keeps of that step's forward, parameters not counted.",
     ]  # fmt: skip
-    if not opened.opened.head:  # nothing is fresh, so the base does the task already
-        found = measure(Whole(opened), opened, "test", recipe.evaluate_batch)
+    rows = recipe.rows()
+    cells = [*zero_shot(rows, opened), *cells]
+    if not opened.opened.head and opened.prepared.prompt is None:  # nothing is fresh: the base does the task already
+        found = measure(whole(opened), opened, "test", recipe.evaluate_batch)
         notes.append("The base without an adapter: " + ", ".join(f"{title(k)} {v:.3f}" for k, v in found.items()) + ".")
     notes += [opened.opened.note] if opened.opened.note else []
-    full = next((row.label for row in recipe.rows() if isinstance(row.recipe.methods()[0], Full)), None)
+    full = next((row.label for row in rows if isinstance(row.recipe.methods()[0], Full)), None)
     return Result(
-        title=recipe.title or f"{len(recipe.rows())} methods on {opened.data.name}",
+        title=recipe.title or f"{len(rows)} methods on {opened.data.name}",
         model=opened.opened.name, data=opened.data.name, metric=primary, metrics=names, cells=cells,
         lower_is_better=[name for name in names if name in LOWER_IS_BETTER], machine=machine(), notes=notes,
         recipe=as_dict(recipe), baseline=full,

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from inlay.core.attention import AttentionMount
 from inlay.core.calls import first, tensors_in
 from inlay.core.companion import Companion
+from inlay.core.contexts import Blanks, ContextMethod
+from inlay.core.dual import is_dual
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.inserted import Inserted, Running
 from inlay.core.method import AttentionMethod, InsertedMethod, Method, SideAttentionMethod
 from inlay.core.mount import Level, Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
+from inlay.core.prompted import Prompted
 from inlay.core.rotary import Rotary, rotaries
 from inlay.core.sites import Site
 from inlay.core.tokens import Entry, TokenMount
@@ -56,6 +59,8 @@ class Call:
     """Real tokens of each row that are its prompt (batch,); None when all are."""
     positions: Tensor | None = None
     """Position ids (batch or 1, tokens), where the call gave some."""
+    blanks: Blanks | None = None
+    """Class prompts with blanks, while a text tower reads them."""
     running: dict[str, Running] = field(default_factory=dict)
     """What is inserted into the hidden states of towers that are running, by the path of the mount."""
 
@@ -162,7 +167,7 @@ class Inlay(nn.Module):
         if rows is None:
             return call
         mask, prompt = (t if t is None else t[rows] for t in (call.mask, call.prompt))
-        return Call(mask, call.past, prompt, call.positions)
+        return Call(mask, call.past, prompt, call.positions, call.blanks, call.running)
 
     @property
     def device(self) -> torch.device:
@@ -218,12 +223,19 @@ class Inlay(nn.Module):
         """Where a method on the token sequence attaches, made on first use: a tower's entry and attentions.
 
         In the entry's stead one that changes the attention itself has the tower's rotary embeddings, one that inserts
-        vectors among hidden states the tower's track, and one that attends beside the base the attentions alone.
+        vectors among hidden states the tower's track, one that fills class prompts the table of token embeddings, and
+        one that attends beside the base the attentions alone.
         """
         assert site.tower is not None
         tokens = self.state.tokens
         found: list[TokenMount] = []
-        if isinstance(method, AttentionMethod):
+        if isinstance(method, ContextMethod):
+            path = f"{site.key}.embed"
+            found = [tokens.get(path) or Prompted(site.tower, self, path)]
+            joint = site.tower.joint
+            if isinstance(method, InsertedMethod) and joint is not None and joint.track is not None:
+                found.append(tokens.get(joint.track.path) or Inserted(joint.vision, self, joint.track))
+        elif isinstance(method, AttentionMethod):
             found = [tokens.get(path) or Rotary(module, self, path) for path, module in rotaries(site)]
         elif isinstance(method, InsertedMethod):
             track = track_of(site)
@@ -380,6 +392,12 @@ class Inlay(nn.Module):
             prompt = spread(prompt, len(first(args, kwargs)))
         self.state.call = Call(mask, int(length), prompt, given.get("position_ids"))
         if self.routes is not None:
+            texts, images = given.get("input_ids"), given.get("pixel_values")
+            if is_dual(module) and texts is not None and images is not None and len(texts) != len(images):
+                raise RouteError(
+                    f"{len(images)} images meet {len(texts)} texts, which belong to all of them: rows of such a batch "
+                    "cannot be routed; use one adapter at a time"
+                )
             self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():
                 mount.served = False

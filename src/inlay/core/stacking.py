@@ -57,6 +57,8 @@ def check_stack(inlay: Inlay, names: Sequence[str]) -> None:
             for level in own if levels else ():
                 stand(levels, level.site, level.method)
             levels += own
+    for tokens in inlay.state.tokens.values():
+        tokens.stack(names)
 
 
 def overlapping(a: Site, b: Site) -> bool:

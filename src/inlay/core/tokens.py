@@ -43,6 +43,10 @@ class TokenMount(ABC):
     def remove(self) -> None:
         """Leave the module as it was."""
 
+    def stack(self, names: Sequence[str]) -> None:
+        """ComposeError where these adapters cannot act here together; any can unless a mount says otherwise."""
+        return
+
     def methods(self, names: Sequence[str]) -> list[Method]:
         """The methods of these adapters here, in order."""
         return [level.method for name in names for level in self.levels.get(name, ())]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
+from inlay.core.dual import Joint, read_joint
 from inlay.core.errors import CheckpointError, SiteError
 from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, SideAttentionMethod, TokenMethod
 from inlay.core.projections import Projection, projection
@@ -75,8 +76,10 @@ class Tower:
     module: nn.Module
     embed: str
     """Neutral name of its embedding."""
+    table: nn.Embedding | None
+    """The table of token ids; None where tokens are no ids."""
     embedding: nn.Embedding | None
-    """The table of token ids; None where tokens are no ids, or the forward takes no embeddings in their stead."""
+    """The same; None where the forward takes no embeddings in their stead."""
     positions: nn.Embedding | None
     """The table of absolute positions, where there is one."""
     trim: nn.Module | None
@@ -86,6 +89,10 @@ class Tower:
     spots: tuple[Spot, ...]
     track: Track | None
     """Where hidden states pass, if the tokens are patches of an image."""
+    joint: Joint | None
+    """What a text tower is joined to in a dual encoder."""
+    blocks: tuple[nn.Module, ...]
+    """Its blocks, where they are modules."""
 
     def at(self, paths: Iterable[str]) -> list[Spot]:
         """The attention modules with these paths; CheckpointError if one is not there."""
@@ -98,8 +105,8 @@ class Tower:
     @torch.no_grad()
     def embedded(self, ids: list[int]) -> Tensor:
         """The input embeddings (len(ids), d) of some token ids."""
-        assert self.embedding is not None
-        return self.embedding(torch.tensor(ids, device=self.embedding.weight.device))
+        assert self.table is not None
+        return self.table(torch.tensor(ids, device=self.table.weight.device))
 
 
 def towers(model: nn.Module, known: Anatomy | None = None) -> list[Tower]:
@@ -146,11 +153,22 @@ def read_tower(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> 
         decoder = read_tower(modules, known, listening[0]).module
     return Tower(
         label, root, modules[root], f"{prefix}embed",
+        table if isinstance(table, nn.Embedding) else None,
         table if isinstance(table, nn.Embedding) and "inputs_embeds" in arguments(modules[root]) else None,
         places if isinstance(places, nn.Embedding) else None,
         modules[trim] if trim and "pool" in parts and under(parts["pool"].path, root) else None,
-        decoder, spots, read_track(modules, parts, trim),
+        decoder, spots, read_track(modules, parts, trim), joint_of(modules, known, label),
+        tuple(modules[part.path] for name, part in parts.items() if name == f"block[{part.depth}]"),
     )  # fmt: skip
+
+
+def joint_of(modules: Mapping[str, nn.Module], known: Anatomy, label: str) -> Joint | None:
+    """What a text tower is joined to in a dual encoder."""
+    other = {n.removeprefix("vision."): part for n, part in known.parts.items() if n.startswith("vision.")}
+    if label != "text" or not other:
+        return None
+    root = common([part.path for name, part in other.items() if name != "proj"])
+    return read_joint(modules, other, root, known.trims.get("vision"))
 
 
 def read_spot(modules: Mapping[str, nn.Module], parts: dict[str, Part], prefix: str, a: Attention) -> Iterator[Spot]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from inlay.core.anatomy import Anatomy, Part, anatomy
+from inlay.core.contexts import ContextMethod, context_sites
 from inlay.core.errors import SiteError, near
 from inlay.core.hosts import Host, LinearHost, QuantisedHost, StoredHost, StoredTransposedHost, host_of, operation
 from inlay.core.images import image_sites
@@ -127,6 +128,8 @@ class Finder:
     # ------------------------------------------------------------------ parts to sites
     def sites(self, method: Method, patterns: Iterable[Pattern], dtype: Dtype) -> list[Site]:
         """The sites of a method, in model order, each place once."""
+        if isinstance(method, ContextMethod):
+            return context_sites(self, method, tuple(patterns), dtype)
         if isinstance(method, InsertedMethod | PixelMethod):
             return image_sites(self, method, tuple(patterns), dtype)
         if isinstance(method, TokenMethod | AttentionMethod):

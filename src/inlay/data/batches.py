@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,10 +76,12 @@ class Collate:
     Attributes:
         pad_id: input id of padding.
         multiple_of: 8 lets tensor cores work on whole tiles.
+        constant: tensors that are part of every batch as they are (class prompts).
     """
 
     pad_id: int = 0
     multiple_of: int = 1
+    constant: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, items: Sequence[Item]) -> Item:
         """A batch as the model's keyword arguments."""
@@ -97,4 +99,4 @@ class Collate:
                 batch[name] = torch.stack(values)
         if lengths:
             batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
-        return batch
+        return batch | dict(self.constant)

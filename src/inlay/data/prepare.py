@@ -8,9 +8,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from inlay.core.contexts import Template
 from inlay.data.batches import Collate, ImageTensors, Item, TokenRows
 from inlay.data.chat import encode, template_of
 from inlay.data.documents import cut
+from inlay.data.prompts import class_prompts
 from inlay.data.rows import Data, DataError, Rows
 
 _LONGEST = 512  # unless asked for more: longer rows cost memory and rarely teach more
@@ -30,6 +32,8 @@ class Prepared:
         template: the chat template (Jinja), for chats: needed again when generating.
         max_length: tokens kept per row; None for images.
         note: how many rows were cut or dropped; empty if none.
+        prompt: what class prompts have in common, where images are classified by the text of their classes; batches
+            then carry the classes' `input_ids` and `attention_mask`, one row per class.
     """
 
     task: str
@@ -39,6 +43,7 @@ class Prepared:
     template: str | None
     max_length: int | None
     note: str
+    prompt: Template | None = None
 
 
 def prepare(
@@ -48,6 +53,7 @@ def prepare(
     image_size: int | None = None,
     template: str | None = None,
     multiple_of: int = 1,
+    prompt: str | None = None,
 ) -> Prepared:
     """Turn rows into tensors.
 
@@ -58,6 +64,7 @@ def prepare(
         image_size: side in pixels of the images the model will see, instead of the processor's own.
         template: a chat template (Jinja) instead of the tokenizer's own; causal-lm only.
         multiple_of: pad sequences to a multiple of this, e.g. 8.
+        prompt: a text with `{}` for the class, for image-text models, whose processor is one of both.
 
     Raises:
         DataError: an option that does not fit the task, a length the tokenizer does not allow, or a split of which
@@ -68,13 +75,19 @@ def prepare(
         ("image_size", image_size, images),
         ("max_length", max_length, not images),
         ("template", template, data.task == "causal-lm"),
+        ("prompt", prompt, images),
     ):
         if value is not None and not fits:
             raise DataError(f"{name} has no meaning for {data.task}.")
     if images:
-        options = {} if image_size is None else size_options(processor, image_size)
-        splits = {split: ImageTensors(rows, processor, options) for split, rows in data.splits.items()}
-        return Prepared(data.task, splits, Collate(), processor, None, None, "")
+        looks = processor if prompt is None else processor.image_processor
+        options = {} if image_size is None else size_options(looks, image_size)
+        splits = {split: ImageTensors(rows, looks, options) for split, rows in data.splits.items()}
+        if prompt is None:
+            return Prepared(data.task, splits, Collate(), processor, None, None, "")
+        shared = Template.read(prompt, processor.tokenizer)
+        constant = class_prompts(data.labels or [], prompt, processor.tokenizer)
+        return Prepared(data.task, splits, Collate(constant=constant), processor, None, None, "", shared)
 
     length = _length(processor, max_length)
     documents = data.task == "causal-lm" and "messages" not in next(iter(data.splits["train"]))

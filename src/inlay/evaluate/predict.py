@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.data.chat import IGNORED
 from inlay.evaluate.metrics import classification, regression
@@ -50,6 +50,31 @@ class Whole(Source):
         with self.work.computing():
             out = self.work.model(**batch)
         return Output(out.loss, out.logits)
+
+
+@dataclass(frozen=True)
+class ByWords(Source):
+    """A dual encoder as a classifier: an image's logits are its likeness to the text of every class."""
+
+    work: Work
+
+    def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
+        return self.work.batch(split, indices)
+
+    def forward(self, batch: dict[str, Tensor]) -> Output:
+        with self.work.computing():
+            out = self.work.model(**{name: t for name, t in batch.items() if name != "labels"})
+        return Output(of_the_right_class(out, batch), out.logits_per_image)
+
+
+def of_the_right_class(out: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The cross-entropy of a dual encoder's output against the batch's labels."""
+    return nn.functional.cross_entropy(out.logits_per_image.float(), batch["labels"])
+
+
+def whole(work: Work) -> Source:
+    """The whole model on the task."""
+    return Whole(work) if work.prepared.prompt is None else ByWords(work)
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ from typing import Any
 
 from inlay.core.adapter import Adapter
 from inlay.core.checkpoint import load, read
+from inlay.core.contexts import ContextMethod
 from inlay.core.errors import CheckpointError, OptionError
 from inlay.data import Data, Prepared
 from inlay.evaluate.generation import exact_match
-from inlay.evaluate.predict import Whole, measure
+from inlay.evaluate.predict import measure, whole
 from inlay.models import Opened
 from inlay.models.loftq import loftq_base
 from inlay.work import Work, device_of
@@ -47,10 +48,10 @@ def adapted(folder: str | Path, base: str | None = None, any_base: bool = False)
     if not name:
         raise CheckpointError(f"{folder} does not say which model it was trained on: name it (base)")
     recipe = about.get("recipe", {})
-    whole = "loftq" in document["base"]  # it is quantised for the adapter
+    given = "loftq" in document["base"]  # it is quantised for the adapter
     opened = inlay.models.open(
-        name, about.get("task"), labels=about.get("labels"), quantize=None if whole else recipe.get("quantize"),
-        quantize_group=None if whole else recipe.get("quantize_group"),
+        name, about.get("task"), labels=about.get("labels"), quantize=None if given else recipe.get("quantize"),
+        quantize_group=None if given else recipe.get("quantize_group"), prompt=recipe.get("prompt"),
         dtype="bfloat16" if recipe.get("precision") == "bfloat16" else "float32",
     )  # fmt: skip
     loftq_base(opened.model, folder)
@@ -72,6 +73,7 @@ def evaluate(
     base: str | None = None,
     any_base: bool = False,
     device: str = "auto",
+    prompt: str | None = None,
 ) -> dict[str, float]:
     """Metrics on a split.
 
@@ -88,6 +90,7 @@ def evaluate(
         max_new_tokens: length of generated answers.
         base: another base than the one the adapter names.
         any_base: accept one whose adapted weights are not those of training.
+        prompt: the class prompt of an opened dual encoder; an adapter's own otherwise.
 
     Returns:
         Classification: accuracy, macro_f1, mcc. Regression: pearson, spearman, mse. Language models: loss per answer
@@ -116,7 +119,7 @@ def evaluate(
     task = about.get("task")
     if task and data.task != task:
         raise OptionError(f"the adapter was trained for {task}, and {data.name} is for {data.task}")
-    if about.get("labels") and data.labels is not None:
+    if about.get("labels") and data.labels is not None and not open_to(found.adapter, data.labels, about["labels"]):
         data = with_labels(data, about["labels"])
     prepared: Prepared = inlay.data.prepare(
         data,
@@ -124,14 +127,22 @@ def evaluate(
         about.get("max_length"),
         about.get("image_size"),
         about.get("template") if data.task == "causal-lm" else None,
+        prompt=prompt or recipe.get("prompt"),
     )
     place = device_of(device)
     found.opened.model.to(place)
     work = Work(found.opened, data, prepared, place, recipe.get("precision", "float32"))
-    metrics = measure(Whole(work), work, split, batch)
+    metrics = measure(whole(work), work, split, batch)
     if generate:
         metrics["exact_match"] = exact_match(work, split, batch, max_new_tokens)
     return metrics
+
+
+def open_to(adapter: Adapter | None, labels: list[str], known: list[str]) -> bool:
+    """Whether an adapter classifies other classes than it was trained on: by their names, none having its own part."""
+    methods = [level.method for level in adapter.levels] if adapter is not None else []
+    contexts = [method for method in methods if isinstance(method, ContextMethod)]
+    return bool(contexts) and not set(labels) <= set(known) and all(m.for_any_class() for m in contexts)
 
 
 def with_labels(data: Data, labels: list[str]) -> Data:

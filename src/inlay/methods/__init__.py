@@ -17,8 +17,11 @@ from inlay.methods.schedule.dylora import DyLoRA
 from inlay.methods.schedule.ist import IST
 from inlay.methods.schedule.longlora import LongLoRA
 from inlay.methods.schedule.relora import ReLoRA
+from inlay.methods.tokens.cocoop import CoCoOp
+from inlay.methods.tokens.coop import CoOp
 from inlay.methods.tokens.dept import DePT
 from inlay.methods.tokens.llamaadapter import LLaMAAdapter
+from inlay.methods.tokens.maple import MaPLe
 from inlay.methods.tokens.pgn import PGN
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
@@ -57,9 +60,9 @@ from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
     "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "PGN", "SSF", "SVFT", "VPT", "AdaLoRA", "BitFit",
-    "CorDA", "DePT", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore",
-    "Houlsby", "KRAdapter", "KronA", "KronAB", "LLaMAAdapter", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA",
-    "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "LongLoRA", "NormTuning", "PTuning", "PTuningV2", "ParallelAdapter",
-    "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "VisualPrompt",
-    "WeightNorm",
+    "CoCoOp", "CoOp", "CorDA", "DePT", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA",
+    "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB", "LLaMAAdapter", "LinAdapter", "LinearProbe", "LoHa", "LoKr",
+    "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "LongLoRA", "MaPLe", "NormTuning", "PTuning", "PTuningV2",
+    "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA",
+    "VisualPrompt", "WeightNorm",
 ]  # fmt: skip

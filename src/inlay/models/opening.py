@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from inlay.core.dual import is_dual
 from inlay.models.catalogue import ModelError, fetch, find, from_gguf, unknown
 from inlay.models.fewbits import open_few_bits, stored_in_few_bits
 from inlay.models.quiet import quiet
 
-TASKS = ("text-classification", "regression", "causal-lm", "image-classification", "features")
+BY_WORDS = "zero-shot-image-classification"
+"""What transformers calls the task of comparing an image with the text of every class."""
+TASKS = ("text-classification", "regression", "causal-lm", "image-classification", BY_WORDS, "features")
 _log = logging.getLogger("inlay")
 
 
@@ -51,6 +54,7 @@ def open(
     seed: int = 0,
     quantize: str | None = None,
     quantize_group: int | None = None,
+    prompt: str | None = None,
 ) -> Opened:
     """Open a model by embedded name, local folder, GGUF file or Hugging Face name.
 
@@ -63,12 +67,18 @@ def open(
         seed: of the fresh head's initialisation; the global random state is left as it was.
         quantize, quantize_group: store linear layers in few bits, as `inlay.models.quantise.quantise` does; None for
             none.
+        prompt: for image classification, the text in which the classes' names are to be read: the model is then a dual
+            encoder (CLIP, SigLIP, VisionTextDualEncoder) without a head, and the processor one of images and text.
 
     Raises:
         ModelError: unknown name, task or dtype; labels that do not fit; a checkpoint that does not fit the task.
     """
     if task is not None and task not in TASKS:
         raise ModelError(f"Unknown task {task!r}; known: {', '.join(TASKS)}.")
+    if prompt is not None:
+        if task not in ("image-classification", BY_WORDS):
+            raise ModelError(f"prompt is for classifying images by the text of their classes, not for {task}.")
+        task, num_labels, labels = BY_WORDS, None, None
     settings = _label_settings(task, num_labels, labels)
     source, note = _resolve(str(name_or_path))
     with quiet():
@@ -85,7 +95,12 @@ def open(
                     model, report = auto.from_pretrained(
                         source, dtype=_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **settings
                     )
-            processor = _processor(source, model)
+            if task == BY_WORDS and not is_dual(model):
+                raise ModelError(
+                    f"{name_or_path} ({config.model_type}) does not compare images with texts: leave prompt out, or "
+                    "open an image-text model (CLIP, SigLIP, VisionTextDualEncoder)."
+                )
+            processor = _both(source) if task == BY_WORDS else _processor(source, model)
         except ModelError:
             raise
         except (OSError, ValueError) as error:
@@ -178,6 +193,7 @@ def _auto_class(task: str | None, config: Any) -> Any:
         "regression": transformers.AutoModelForSequenceClassification,
         "causal-lm": transformers.AutoModelForCausalLM,
         "image-classification": transformers.AutoModelForImageClassification,
+        BY_WORDS: transformers.AutoModel,  # its own class for this leaves VisionTextDualEncoderModel out
         "features": transformers.AutoModel,
     }
     if task is not None:
@@ -197,6 +213,13 @@ def _processor(source: str, model: Any) -> Any:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers look for the last real token
     return tokenizer
+
+
+def _both(source: str) -> Any:
+    """The processor of images and text of a dual encoder."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(source)
 
 
 def _fresh_modules(model: nn.Module, fresh: Iterable[str]) -> list[str]:

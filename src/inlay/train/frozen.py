@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from inlay.core.adapter import Adapter
 from inlay.core.head import Head
 from inlay.data.chat import IGNORED
-from inlay.evaluate.predict import Output, Source, Whole
+from inlay.evaluate.predict import Output, Source, whole
 from inlay.recipe import Recipe
 from inlay.work import Work
 
@@ -20,13 +20,13 @@ _CHUNK = 64  # rows per forward pass while features are computed
 
 def source_for(work: Work, adapter: Adapter, recipe: Recipe) -> Source:
     """The cheapest source that gives what the whole model gives."""
-    whole = Whole(work)
+    plain = whole(work)
     if recipe.base_dropout or any(not isinstance(level.method, Head) for level in adapter.levels):
-        return whole
+        return plain
     if len(adapter.head) != 1 or work.task == "causal-lm":
-        return whole
+        return plain
     source = HeadOnly(work, work.model.get_submodule(adapter.head[0]))
-    return source if source.holds() else whole
+    return source if source.holds() else plain
 
 
 @dataclass

@@ -19,7 +19,7 @@ from inlay.core.checkpoint import TENSORS, load
 from inlay.core.errors import OptionError, near
 from inlay.core.statistics import starts_from_data
 from inlay.evaluate.metrics import NAMES, PRIMARY, better
-from inlay.evaluate.predict import Source, elements, measure
+from inlay.evaluate.predict import Source, elements, measure, of_the_right_class, whole
 from inlay.models.loftq import loftq_base
 from inlay.recipe import Recipe, as_dict
 from inlay.train.frozen import source_for
@@ -167,7 +167,8 @@ class Run:
                 told = time.perf_counter()
 
         with work.computing():
-            found = calibrate(self.model, batches, progress=tell)
+            loss = None if work.prepared.prompt is None else of_the_right_class
+            found = calibrate(self.model, batches, loss=loss, progress=tell)
         self.progress.say(str(found))
         self.state.seconds += found.seconds
 
@@ -295,8 +296,7 @@ class Run:
         batch = self.work.batch("train", self.order.longest(self.recipe.batch))
 
         def forward() -> Tensor:
-            with self.work.computing():
-                return self.model(**batch).loss
+            return whole(self.work).forward(batch).loss
 
         found = step_memory(forward, self.model, batch, self.optimizer)
         load_into(self.own, before)  # methods that count what they see start afresh

