@@ -380,7 +380,7 @@ ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
 # ---------------------------------------------------------------------- methods on activations
 def bottleneck(g: Given, of_input: bool, normed: bool = False) -> Rule:
     """y + W_up σ(W_down h + b_down) + b_up with h the output, or the input."""
-    sigma = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[g.options["activation"]]
+    sigma = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "tanh": torch.tanh}[g.options["activation"]]
 
     def rule(x: Tensor, y: Tensor) -> Tensor:
         h = (x if of_input else y).double()
@@ -389,11 +389,22 @@ def bottleneck(g: Given, of_input: bool, normed: bool = False) -> Rule:
         if normed:
             centred = h - h.mean(-1, keepdim=True)
             h = g["gain"] * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() + g["shift"]
-        f = sigma(h @ g["down"].T + g["down_bias"]) @ g["up"].T + g["up_bias"]
+        b_down, b_up = (g.tensors.get(name, torch.zeros((), dtype=h.dtype)) for name in ("down_bias", "up_bias"))
+        f = sigma(h @ g["down"].T + b_down) @ g["up"].T + b_up
         f = g.options["scale"] * f
         return (y.double() + (f.movedim(-1, 1) if channels else f)).to(y.dtype)
 
     return rule
+
+
+def compacter(g: Given) -> Rule:
+    """The same with both matrices summed up entry by entry from Kronecker products."""
+
+    def whole(side: str) -> Tensor:
+        parts = zip(g.common["A"], g[f"{side}_s"], g[f"{side}_t"], strict=True)
+        return torch.stack([torch.kron(A, s @ t) for A, s, t in parts]).sum(0)
+
+    return bottleneck(replace(g, tensors=g.tensors | {"down": whole("down"), "up": whole("up")}), False)
 
 
 def kronecker_branch(g: Given) -> Rule:
@@ -404,6 +415,10 @@ def kronecker_branch(g: Given) -> Rule:
 
 HIDDEN: dict[str, Callable[[Given], Rule]] = {
     "houlsby": lambda g: bottleneck(g, False),
+    "llmseries": lambda g: bottleneck(g, False),
+    "llmparallel": lambda g: bottleneck(g, True),
+    "adaptformer": lambda g: bottleneck(g, True),
+    "compacter": compacter,
     "pfeiffer": lambda g: bottleneck(g, False),
     "linadapter": lambda g: bottleneck(g, False, normed=True),
     "paralleladapter": lambda g: bottleneck(g, True),
@@ -411,6 +426,8 @@ HIDDEN: dict[str, Callable[[Given], Rule]] = {
 }  # fmt: skip
 ELSEWHERE = {
     "loreft": "tests/hidden/test_reft.py", "direft": "tests/hidden/test_reft.py",
+    "noreft": "tests/hidden/test_reft.py", "consreft": "tests/hidden/test_reft.py",
+    "lobireft": "tests/hidden/test_reft.py",
     "prompttuning": "tests/tokens/test_prompt.py", "prefixtuning": "tests/tokens/test_prefix.py",
     "linearprobe": "has no equation but the head's", "bitfit": "copies", "full": "copies",
     "normtuning": "copies", "galore": "copies; its optimizer: tests/papers/test_galore.py",

@@ -10,6 +10,9 @@ TABLES = {"embedding", "embedding-tied"}
 UNSEEN = {"mha", "mha-split", "encoder", "encoder-padded", "mixtral", "qwen-moe", "gpt-oss"}
 PACKED = {"int8-tensor", "int8-module", "nf4", "int4", "int8"}
 
+PARALLEL = ("ParallelAdapter", "AdaptFormer", "LLMParallel")
+ABLATIONS = ("NoReFT", "ConsReFT", "LobiReFT")
+
 REFUSALS: list[tuple[str, set[str], str]] = [
     # nothing there to train
     ("NormTuning", {*MAPS - {"batchnorm"}, *TABLES, *PACKED, "head-tied", "mha", "mha-split", "lstm"}, "finds nothing"),
@@ -17,8 +20,9 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     # activations of another kind than the method's equation speaks of
     ("LoReFT", MAPS, "edits a sequence of hidden states, 'conv' gives a map"),
     ("DiReFT", MAPS, "edits a sequence of hidden states, 'conv' gives a map"),
-    ("ParallelAdapter", MAPS, "needs vectors at 'conv', which reads a map"),
-    ("ParallelAdapter", TABLES, "needs vectors at 'table', which reads ids"),
+    *((name, MAPS, "edits a sequence of hidden states, 'conv' gives a map") for name in ABLATIONS),
+    *((name, MAPS, "needs vectors at 'conv', which reads a map") for name in PARALLEL),
+    *((name, TABLES, "needs vectors at 'table', which reads ids") for name in PARALLEL),
     ("KronAB", MAPS, "needs vectors at 'conv', which reads a map"),
     ("KronAB", TABLES, "needs vectors at 'table', which reads ids"),
     # inputs that a method which starts from them could not see

@@ -54,6 +54,8 @@ class Call:
     """Real tokens of each row that are its prompt (batch,); None when all are."""
     positions: Tensor | None = None
     """Position ids (batch or 1, tokens), where the call gave some."""
+    directions: Tensor | None = None
+    """Which directions of an intervention act on each row (batch, most); None: all."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class State:
     """What acts outside of a backward pass that has brought back what acted in its forward."""
     prompt: Tensor | None = None
     """Lengths of the prompts inside `inlay.core.positions.prompts`."""
+    directions: Tensor | None = None
+    """Directions that act inside `inlay.core.positions.directions`, (rows or 1, most)."""
     arguments: list[str] = field(default_factory=list)
     """Names of the model's positional arguments."""
     factored: bool = False
@@ -157,8 +161,8 @@ class Inlay(nn.Module):
         call, rows = self.state.call, self.state.rows
         if rows is None:
             return call
-        mask, prompt = (t if t is None else t[rows] for t in (call.mask, call.prompt))
-        return Call(mask, call.past, prompt, call.positions)
+        mask, prompt, chosen = (t if t is None else t[rows] for t in (call.mask, call.prompt, call.directions))
+        return Call(mask, call.past, prompt, call.positions, chosen)
 
     @property
     def device(self) -> torch.device:
@@ -370,7 +374,11 @@ class Inlay(nn.Module):
             prompt = marked_prompts(given.get("input_ids"), given.get("labels"), mask)
         else:
             prompt = spread(prompt, len(first(args, kwargs)))
-        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"))
+        chosen = self.state.directions
+        if chosen is not None:
+            x = first(args, kwargs)
+            chosen = spread(chosen, len(x), "rows of directions").to(x.device)
+        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"), chosen)
         if self.routes is not None:
             self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():

@@ -1,11 +1,18 @@
 """The catalogue: one file per method, one package per site. Importing this package registers all of them."""
 
 from inlay.methods.gradient.galore import GaLore
+from inlay.methods.hidden.adaptformer import AdaptFormer
+from inlay.methods.hidden.compacter import Compacter
+from inlay.methods.hidden.consreft import ConsReFT
 from inlay.methods.hidden.direft import DiReFT
 from inlay.methods.hidden.houlsby import Houlsby
 from inlay.methods.hidden.kronab import KronAB
 from inlay.methods.hidden.linadapter import LinAdapter
+from inlay.methods.hidden.llmparallel import LLMParallel
+from inlay.methods.hidden.llmseries import LLMSeries
+from inlay.methods.hidden.lobireft import LobiReFT
 from inlay.methods.hidden.loreft import LoReFT
+from inlay.methods.hidden.noreft import NoReFT
 from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
 from inlay.methods.hidden.ssf import SSF
@@ -49,9 +56,10 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA",
-    "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby",
-    "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
-    "LoRAXS", "LoReFT", "LongLoRA", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning",
-    "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "AdaptFormer",
+    "BitFit", "Compacter", "ConsReFT", "CorDA", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus",
+    "Full", "GLoRA", "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB", "LLMParallel", "LLMSeries",
+    "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "LobiReFT",
+    "LongLoRA", "NoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning",
+    "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip
