@@ -79,7 +79,7 @@ SETTINGS: dict[str, list[str]] = {
     "adaptformer": ["adaptformer(r=3)"],
     "llmseries": ["llmseries(r=3)"],
     "llmparallel": ["llmparallel(r=3)"],
-    "compacter": ["compacter(r=2, n=1, rank=2)"],
+    "compacter": ["compacter(r=2, n=2, rank=2)"],
     "pfeiffer": ["pfeiffer(r=3)"],
     "paralleladapter": ["paralleladapter(r=3)"],
     "linadapter": ["linadapter(r=3)"],

@@ -25,6 +25,7 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     *((name, TABLES, "needs vectors at 'table', which reads ids") for name in PARALLEL),
     ("KronAB", MAPS, "needs vectors at 'conv', which reads a map"),
     ("KronAB", TABLES, "needs vectors at 'table', which reads ids"),
+    ("Compacter", {"conv2d-same", "head-tied"}, "n = 2 does not divide the width"),
     # inputs that a method which starts from them could not see
     ("EVA", TABLES, "starts from the vectors a matrix acts on, but 'table' reads ids"),
     ("CorDA", TABLES, "starts from the vectors a matrix acts on, but 'table' reads ids"),
