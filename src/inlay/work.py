@@ -16,6 +16,7 @@ from inlay.core.adapter import Adapter, adapt
 from inlay.core.errors import OptionError
 from inlay.data import Data, Prepared
 from inlay.data.batches import TokenRows
+from inlay.data.choices import ChoiceRows
 from inlay.models import Opened
 from inlay.models.loftq import loftq
 from inlay.recipe import Recipe, Settings
@@ -50,7 +51,7 @@ class Work:
     def lengths(self, split: str) -> tuple[int, ...] | None:
         """Tokens per row; None for images."""
         rows = self.rows(split)
-        return tuple(rows.lengths) if isinstance(rows, TokenRows) else None
+        return tuple(rows.lengths) if isinstance(rows, TokenRows | ChoiceRows) else None
 
     def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
         """Rows as the model's keyword arguments, on the device."""

@@ -59,6 +59,9 @@ SETTINGS: dict[str, list[str]] = {
     "adalora": ["adalora(r=4, target=2)"],
     "longlora": ["longlora(r=2, alpha=1, groups=2)", "longlora(stretch=2, r=2, alpha=1, groups=3, leak=true)"],
     "ssf": ["ssf", "ssf(init='paper')"],
+    "sct": ["sct(channels=3)"],
+    "residualseries": ["residualseries(pointwise=true)"],
+    "residualparallel": ["residualparallel(pointwise=true)"],
     "weightnorm": ["weightnorm", "weightnorm(trained='g')", "weightnorm(trained='v')"],
     "oft": [
         "oft(block_size=4)",

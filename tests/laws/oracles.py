@@ -45,6 +45,7 @@ def given(method: Method, shared: dict[str, Tensor]) -> Given:
     if "feedforward" in options:  # which of IA3's two equations holds is a matter of where it sits
         options["on_input"] = any(path.endswith(n) or name.endswith(n) for n in options["feedforward"])
     options["channels"] = isinstance(method.site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    options["kernel"] = getattr(method.site.module, "kernel_size", ())
     options["embedding"] = isinstance(method.site.module, nn.Embedding)
     of = options.get("of")
     wide = {n: t.double() for n, t in shared.items()}
@@ -251,6 +252,34 @@ def ssf(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return g["gamma"].diag() @ W, None if b is None else g["gamma"] * b + g["beta"]
 
 
+def sct(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """(I + P W Pᵀ) W and the same of b, with the channels S written into a full matrix."""
+    L, S = torch.eye(len(W), dtype=W.dtype), g.frozen["S"].long()
+    shift = torch.zeros(len(W), dtype=W.dtype)
+    for i, s in enumerate(S):
+        shift[s] = g.tensors.get("b", shift)[i]
+        for j, t in enumerate(S):
+            L[s, t] += g["W"][i, j]
+    return L @ W, None if b is None else L @ b + shift
+
+
+def residualseries(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """(I + A) W and (I + A) b, A block-diagonal where the convolution has groups."""
+    L = torch.eye(len(W), dtype=W.dtype) + torch.block_diag(*g["A"].split(g["A"].shape[1]))
+    return L @ W, None if b is None else L @ b
+
+
+def residualparallel(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W with A added to the middle of the kernel, one number of it after another."""
+    W, taps = W.clone(), W.shape[1] // g["A"].shape[1]
+    sizes, middle = g.options["kernel"], 0
+    for k in sizes:
+        middle = middle * k + (k - 1) // 2
+    for c in range(g["A"].shape[1]):
+        W[:, c * taps + middle] += g["A"][:, c]
+    return W, b
+
+
 def weightnorm(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     """g ⊙ V/‖V‖ row by row; what is not trained is as it was in W."""
     V = g.tensors.get("v", W)
@@ -372,6 +401,7 @@ ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
     "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "diablo": diablo,
     "kradapter": kradapter, "eva": eva, "corda": corda, "lorasb": lorasb,
     "dylora": dylora, "adalora": adalora, "deltalora": deltalora, "relora": relora,
+    "sct": sct, "residualseries": residualseries, "residualparallel": residualparallel,
     "ssf": ssf, "weightnorm": weightnorm, "oft": oft, "boft": boft, "road": road,
     "ether": ether, "etherplus": etherplus, "glora": glora,
 }  # fmt: skip
@@ -431,6 +461,6 @@ ELSEWHERE = {
     "prompttuning": "tests/tokens/test_prompt.py", "prefixtuning": "tests/tokens/test_prefix.py",
     "linearprobe": "has no equation but the head's", "bitfit": "copies", "full": "copies",
     "normtuning": "copies", "galore": "copies; its optimizer: tests/papers/test_galore.py",
-    "ist": "tests/papers/test_ist.py",
+    "ist": "tests/papers/test_ist.py", "tfew": "tests/papers/test_tfew.py",
 }  # fmt: skip
 """Where the other methods' equations are checked."""

@@ -6,6 +6,7 @@ from laws.cases import Case
 
 MAPS = {"conv1d", "conv1d-same", "conv1d-point", "conv2d", "conv2d-groups", "conv2d-depthwise", "conv2d-same",
         "conv3d", "batchnorm"}  # fmt: skip
+GROUPED = {"conv1d-same", "conv1d-point", "conv2d-groups", "conv2d-depthwise", "conv3d"}
 TABLES = {"embedding", "embedding-tied"}
 UNSEEN = {"mha", "mha-split", "encoder", "encoder-padded", "mixtral", "qwen-moe", "gpt-oss"}
 PACKED = {"int8-tensor", "int8-module", "nf4", "int4", "int8"}
@@ -32,6 +33,9 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ("EVA", {"gemma"}, "but 'model.embed_tokens' reads ids"),
     ("CorDA", {"gemma"}, "but 'model.embed_tokens' reads ids"),
     ("EVA", UNSEEN, "are out of sight: other code than the module's own forward applies it"),
+    ("SCT", TABLES, "starts from the vectors a matrix acts on, but 'table' reads ids"),
+    ("SCT", {"gemma"}, "but 'model.embed_tokens' reads ids"),
+    ("SCT", UNSEEN, "are out of sight: other code than the module's own forward applies it"),
     ("CorDA", UNSEEN, "are out of sight: other code than the module's own forward applies it"),
     # widths that m butterfly factors cannot be cut for
     (
@@ -40,6 +44,7 @@ REFUSALS: list[tuple[str, set[str], str]] = [
         r"features to rotate, which cannot be cut into a multiple of 2 blocks of even size",
     ),
     # what W of a grouped convolution cannot express
+    ("SCT", GROUPED, "would mix the outputs of different groups of 'conv'"),
     ("RoAd", {"conv1d-same", "conv2d-groups"}, "would mix the outputs of different groups of 'conv'"),
     # no seam in the base's own code where the method could enter
     ("PromptTuning", {"vit"}, "its forward has no `inputs_embeds`"),

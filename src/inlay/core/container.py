@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.attention import AttentionMount
-from inlay.core.calls import first, tensors_in
+from inlay.core.calls import first, replace_first_output, tensors_in
 from inlay.core.companion import Companion
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.method import AttentionMethod, Method
@@ -56,6 +56,8 @@ class Call:
     """Position ids (batch or 1, tokens), where the call gave some."""
     directions: Tensor | None = None
     """Which directions of an intervention act on each row (batch, most); None: all."""
+    choices: Tensor | None = None
+    """Which tokens are answers to which question, see `inlay.core.choices`; taken out of the model's arguments."""
 
 
 @dataclass(frozen=True)
@@ -357,7 +359,7 @@ class Inlay(nn.Module):
         state.active, state.routes, state.call, state.rows = what.active, what.routes, what.call, what.rows
 
     # ------------------------------------------------------------------ around the whole model's forward
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.state.running:  # the last forward was interrupted (Ctrl-C): no hook ran after it
             for mount in self.state.mounts.values():
                 mount.frames.clear()
@@ -378,15 +380,35 @@ class Inlay(nn.Module):
         if chosen is not None:
             x = first(args, kwargs)
             chosen = spread(chosen, len(x), "rows of directions").to(x.device)
-        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"), chosen)
+        mine = "choices" in kwargs and "choices" not in self.state.arguments
+        choices = kwargs["choices"] if mine else None
+        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"), chosen, choices)
         if self.routes is not None:
             self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():
                 mount.served = False
+        return (args, {name: value for name, value in kwargs.items() if name != "choices"}) if mine else None
 
-    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         self.state.running = False
+        output = self.with_added(args, kwargs, output)
         self.remember(output)
+        self.check_served(kwargs, output)
+        return output
+
+    def with_added(self, args: tuple, kwargs: dict, output: Any) -> Any:
+        """The model's output with what companions add to its loss, where it has one that may be trained on."""
+        given = dict(zip(self.state.arguments, args, strict=False)) | kwargs
+        if given.get("labels") is None or not torch.is_grad_enabled() or output is None:
+            return output
+        for companion in self.companions():
+            term = companion.added({**given, "choices": self.state.call.choices}, output[1])
+            if term is not None:
+                output = replace_first_output(output, output[0] + term)
+        return output
+
+    def check_served(self, kwargs: dict, output: Any) -> None:
+        """RouteError where rows were routed to an adapter past whose tensors the forward went."""
         if self.routes is None or output is None or kwargs.get("encoder_outputs") is not None:
             return  # generating, an encoder has run before this forward
         wanted = {name for name in self.routes if name is not None}

@@ -15,6 +15,9 @@ from inlay.methods.hidden.loreft import LoReFT
 from inlay.methods.hidden.noreft import NoReFT
 from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
+from inlay.methods.hidden.residualparallel import ResidualParallel
+from inlay.methods.hidden.residualseries import ResidualSeries
+from inlay.methods.hidden.sct import SCT
 from inlay.methods.hidden.ssf import SSF
 from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.schedule.adalora import AdaLoRA
@@ -23,6 +26,7 @@ from inlay.methods.schedule.dylora import DyLoRA
 from inlay.methods.schedule.ist import IST
 from inlay.methods.schedule.longlora import LongLoRA
 from inlay.methods.schedule.relora import ReLoRA
+from inlay.methods.schedule.tfew import TFew
 from inlay.methods.tokens.prefixtuning import PrefixTuning
 from inlay.methods.tokens.prompttuning import PromptTuning
 from inlay.methods.weight.bitfit import BitFit
@@ -56,10 +60,10 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "AdaptFormer",
+    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SCT", "SSF", "SVFT", "AdaLoRA", "AdaptFormer",
     "BitFit", "Compacter", "ConsReFT", "CorDA", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus",
     "Full", "GLoRA", "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB", "LLMParallel", "LLMSeries",
     "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "LobiReFT",
     "LongLoRA", "NoReFT", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning",
-    "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "ReLoRA", "ResidualParallel", "ResidualSeries", "RoAd", "TFew", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip
