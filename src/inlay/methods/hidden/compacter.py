@@ -28,6 +28,7 @@ class Compacter(Bottleneck):
 
     paper: ClassVar[str] = "Karimi Mahabadi et al. 2021, arXiv 2106.04647"
     where: ClassVar[tuple[str, ...]] = ("attn.o", "mlp.down")
+    learning_rate: ClassVar[float] = 2e-2
     shares: ClassVar[bool] = True
 
     r: int = option(default=24, doc="bottleneck width, a multiple of n", low=1)
@@ -68,8 +69,9 @@ class Compacter(Bottleneck):
         if self.init == "paper":
             s, t = (uniform(shape, sqrt(12 / sum(shape[1:]))) for shape in shapes)
             return s, t
-        t = torch.zeros(shapes[1]) if zero else torch.randn(shapes[1]) * (3 * into * rank) ** -0.5
-        return torch.randn(shapes[0]), t
+        spread = (3 * into * rank) ** -0.25  # of s and t alike, so that W spreads as nn.Linear's
+        s, t = (spread * torch.randn(shape) for shape in shapes)
+        return s, torch.zeros_like(t) if zero else t
 
     def size(self, site: Site, d_in: int, d_out: int) -> int:
         self.lengths(site, d_in, d_out)

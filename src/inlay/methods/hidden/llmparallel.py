@@ -16,6 +16,7 @@ class LLMParallel(Parallel):
 
     paper: ClassVar[str] = "Hu et al. 2023, arXiv 2304.01933"
     where: ClassVar[tuple[str, ...]] = ("mlp.up", "mlp.down")
+    learning_rate: ClassVar[float] = 5e-4
 
     r: int = option(default=256, doc="bottleneck width", low=1)
     activation: Activation = option(default="tanh", doc="non-linearity σ")

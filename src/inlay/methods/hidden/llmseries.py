@@ -15,6 +15,7 @@ class LLMSeries(Series):
 
     paper: ClassVar[str] = "Hu et al. 2023, arXiv 2304.01933"
     where: ClassVar[tuple[str, ...]] = ("mlp.down",)
+    learning_rate: ClassVar[float] = 1e-3
 
     r: int = option(default=256, doc="bottleneck width", low=1)
     activation: Activation = option(default="tanh", doc="non-linearity σ")

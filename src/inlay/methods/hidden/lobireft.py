@@ -19,6 +19,7 @@ class LobiReFT(Rotated):
     """
 
     paper: ClassVar[str] = "Wu et al. 2024, arXiv 2404.03592"
+    learning_rate: ClassVar[float] = 3e-2
 
     init: Literal["base", "paper"] = option(default="base", doc="base: b = 0; paper: b uniform in (0, 1)")
 

@@ -15,6 +15,7 @@ class NoReFT(Free):
     """
 
     paper: ClassVar[str] = "Wu et al. 2024, arXiv 2404.03592"
+    learning_rate: ClassVar[float] = 5e-3
 
     def maps(self) -> Maps:
         return Maps(self.W2, self.b, self.W1, self.W2, self.activation)

@@ -24,6 +24,7 @@ class ResidualAdapter(WeightMethod):
 
     kind: ClassVar[str] = "hidden"
     where: ClassVar[tuple[str, ...]] = ("conv",)
+    learning_rate: ClassVar[float] = 1e-3
 
     norms: Literal["base", "affine", "domain"] = option(
         default="base", doc="the network's BatchNorms: as they are; γ and β trained; statistics of its own as well"

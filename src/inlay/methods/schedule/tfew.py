@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inlay.core.choices import Scores
 from inlay.core.companion import Companion
-from inlay.core.errors import AdapterError
+from inlay.core.errors import AdapterError, SiteError
 from inlay.core.method import option, register
 from inlay.core.positions import IGNORED
 from inlay.core.sites import Site
@@ -39,7 +39,8 @@ class TFew(Companion):
     epsilon: float = option(default=0.01, doc="added inside the logarithm of L_UL, as official code does", low=0.0)
 
     def build(self, site: Site) -> None:
-        """Trains nothing of its own."""
+        if not site.peers:
+            raise SiteError("T-Few adds to the loss of methods beside it, and there is none: [IA3(), TFew()]")
 
     def ready(self) -> None:
         """Nothing is to be done before a forward."""
