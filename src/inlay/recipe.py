@@ -55,7 +55,7 @@ class Settings:
         default=None, doc="LoRA+ ratio λ: B-like tensors learn at λ times the rate; 16 is the paper's", low=0.0
     )
     calibration: int = option(
-        default=8, doc="training batches that methods which start from data (EVA, CorDA, LoRA-SB) see first", low=1
+        default=8, doc="training batches that methods which start from data (EVA, CorDA, LoRA-SB, SCT) see first", low=1
     )
     base_dropout: bool = option(default=True, doc="keep the base's own dropout while training")
     precision: Literal["float32", "bfloat16", "autocast"] = option(

@@ -30,10 +30,11 @@ class Companion(Method):
     def ready(self) -> None:
         """Called before every forward of the model that may be trained on."""
 
-    def added(self, given: Mapping[str, Any], logits: Tensor) -> Tensor | None:
+    def added(self, given: Mapping[str, Any], output: Any) -> Tensor | None:
         """What is added to the loss that the model computed from labels, with gradients; None for nothing.
 
-        `given` are the model's arguments by name, and `choices` where the caller gave them (`inlay.core.choices`).
+        `given` are the model's arguments by name, and `choices` (`inlay.core.choices`) where the caller gave them or
+        None; `output` is the model's, with its loss first.
         """
         return None
 

@@ -402,7 +402,7 @@ class Inlay(nn.Module):
         if given.get("labels") is None or not torch.is_grad_enabled() or output is None:
             return output
         for companion in self.companions():
-            term = companion.added({**given, "choices": self.state.call.choices}, output[1])
+            term = companion.added({**given, "choices": self.state.call.choices}, output)
             if term is not None:
                 output = replace_first_output(output, output[0] + term)
         return output

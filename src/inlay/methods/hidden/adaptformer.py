@@ -16,6 +16,6 @@ class AdaptFormer(Parallel):
 
     paper: ClassVar[str] = "Chen et al. 2022, arXiv 2205.13535"
     where: ClassVar[tuple[str, ...]] = ("mlp",)
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 1e-3
 
     scale: float = option(default=0.1, doc="factor s on what the adapter adds")

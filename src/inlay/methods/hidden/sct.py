@@ -29,6 +29,7 @@ class SCT(Calibrated, WeightMethod):
     kind: ClassVar[str] = "hidden"
     paper: ClassVar[str] = "Zhao et al. 2023, arXiv 2309.08513"
     where: ClassVar[tuple[str, ...]] = ("mlp.down",)
+    learning_rate: ClassVar[float] = 3e-4
 
     channels: int = option(default=96, doc="K, channels that are tuned; all where there are fewer", low=1)
     init: Literal["base", "paper"] = option(default="base", doc="base: W = 0; paper: W normal, deviation 0.02")

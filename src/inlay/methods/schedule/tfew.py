@@ -45,12 +45,18 @@ class TFew(Companion):
     def ready(self) -> None:
         """Nothing is to be done before a forward."""
 
-    def added(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+    def added(self, given: Mapping[str, Any], output: Any) -> Tensor:
         ids, labels, choices = (given.get(name) for name in ("input_ids", "labels", "choices"))
         if choices is None or ids is None or labels is None:
             raise AdapterError(
                 "T-Few compares answers: give batches with input_ids, labels and choices, as data sets have whose rows "
                 "are prompt, answer and choices (inlay.core.choices)"
+            )
+        logits = output["logits"] if isinstance(output, Mapping) else output[1]
+        if logits.shape[:2] != ids.shape or choices.shape != ids.shape:
+            raise AdapterError(
+                f"T-Few is for decoders that stand alone: choices {tuple(choices.shape)} and logits "
+                f"{tuple(logits.shape)} must be of one place for every one of the ids {tuple(ids.shape)}"
             )
         scores = Scores(logits, ids, labels, choices)
         total = self.unlikelihood * self.of_wrong(scores) + self.normalised * self.of_choice(scores)
