@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from inlay.core.companion import Companion
 from inlay.core.errors import OptionError
 from inlay.core.method import Method, Placement, method_class, method_from
 from inlay.core.options import check_known, option, options
@@ -60,7 +61,7 @@ class Settings:
         default=None, doc="LoRA+ ratio λ: B-like tensors learn at λ times the rate; 16 is the paper's", low=0.0
     )
     calibration: int = option(
-        default=8, doc="training batches that methods which start from data (EVA, CorDA, LoRA-SB) see first", low=1
+        default=8, doc="training batches that methods which start from data (EVA, CorDA, LoRA-SB, SCT) see first", low=1
     )
     base_dropout: bool = option(default=True, doc="keep the base's own dropout while training")
     precision: Literal["float32", "bfloat16", "autocast"] = option(
@@ -140,7 +141,7 @@ class CompareRecipe(Settings):
 
     methods: list[MethodSpec] = option(
         doc="methods; or {method: …, label: …, seeds: […]} with any training field, which then differs for that row; "
-        "`all` stands for every method that is no row of its own"
+        "`all` stands for every method that is no row of its own and needs none beside it"
     )
     seeds: list[int] = option(default=[0], doc="seeds of every row")
     title: str = option(default="", doc="heading of the report")
@@ -167,7 +168,8 @@ class CompareRecipe(Settings):
             each = [row.recipe.methods() for row in rows]
             taken = {type(m).name() for methods in each for m in methods if len(methods) == 1 or not m.has_sites}
             at = self.methods.index(ALL)
-            rows[at:at] = [row_from(name, common, self.seeds) for name in names() if name not in taken]
+            alone = [name for name in names() if name not in taken and not issubclass(method_class(name), Companion)]
+            rows[at:at] = [row_from(name, common, self.seeds) for name in alone]
         return rows
 
 

@@ -17,6 +17,7 @@ from inlay.core.contexts import told
 from inlay.core.errors import OptionError
 from inlay.data import Data, Prepared
 from inlay.data.batches import TokenRows
+from inlay.data.choices import ChoiceRows
 from inlay.data.prepare import image_side
 from inlay.models import Opened
 from inlay.models.loftq import loftq
@@ -52,7 +53,7 @@ class Work:
     def lengths(self, split: str) -> tuple[int, ...] | None:
         """Tokens per row; None for images."""
         rows = self.rows(split)
-        return tuple(rows.lengths) if isinstance(rows, TokenRows) else None
+        return tuple(rows.lengths) if isinstance(rows, TokenRows | ChoiceRows) else None
 
     def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
         """Rows as the model's keyword arguments, on the device."""

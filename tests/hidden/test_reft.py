@@ -6,14 +6,20 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hidden_bases import BASES, base, batch, blocks, rows_of, stir
 
 import inlay
-from inlay.core.errors import OptionError, SiteError
-from inlay.core.positions import prompts
-from inlay.methods import DiReFT, LoReFT
+from inlay.core.errors import AdapterError, OptionError, SiteError
+from inlay.core.positions import directions, prompts
+from inlay.methods import ConsReFT, DiReFT, LobiReFT, LoReFT, NoReFT
 
 METHODS = [LoReFT(r=3, positions="f2+l3"), DiReFT(r=3, positions="f2+l3")]
+ABLATIONS = [
+    NoReFT(r=3, positions="f2+l3"), ConsReFT(r=3, positions="f2+l3"), LobiReFT(r=3, positions="f2+l3", tied=False),
+    LoReFT(r=3, positions="f2+l3", difference=False), LoReFT(r=3, positions="f2+l3", activation="relu"),
+    NoReFT(r=3, positions="all", activation="tanh"), DiReFT(r=3, positions="f2+l3", activation="gelu"),
+]  # fmt: skip
 UNTIED = [method.replace(tied=False) for method in METHODS]
 EVERYWHERE = [method.replace(positions="all") for method in METHODS]
 
@@ -34,15 +40,21 @@ def outputs(name, model, inputs):
 def edited(method, p, h, ends):
     """Φ of one vector, from the equations; `ends` says whether it is of the prefix (0) or of the suffix (1)."""
     i = 0 if method.tied else ends
-    if isinstance(method, DiReFT):
-        return h + p["W2"][i].T @ (p["W1"][i] @ h + p["b"][i])
+    sigma = {"identity": lambda z: z, "relu": torch.relu, "tanh": torch.tanh, "gelu": F.gelu}
+    sigma = sigma[method.fields().get("activation", "identity")]
+    if isinstance(method, DiReFT | NoReFT):
+        z = sigma(p["W1"][i] @ h + p["b"][i])
+        return h + p["W2"][i].T @ (z - p["W2"][i] @ h if isinstance(method, NoReFT) else z)
     rows = []  # R by Gram and Schmidt
     for a in p["A"][i].double():
         for row in rows:
             a = a - (a @ row) * row
         rows.append(a / a.norm())
     R = torch.stack(rows).float()
-    return h + R.T @ (p["W"][i] @ h + p["b"][i] - R @ h)
+    if isinstance(method, LobiReFT):
+        return h + R.T @ p["b"][i]
+    z = p["b"][i] if isinstance(method, ConsReFT) else sigma(p["W"][i] @ h + p["b"][i])
+    return h + R.T @ (z - R @ h if isinstance(method, ConsReFT) or method.difference else z)
 
 
 def places(method, real, prompt=None):
@@ -52,6 +64,12 @@ def places(method, real, prompt=None):
         return [(i, 0) for i in (range(len(real)) if prompt is None else tokens)]
     half = len(tokens) // 2
     return [(i, 0) for i in tokens[: min(2, half)]] + [(i, 1) for i in tokens[len(tokens) - min(3, half) :]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ABLATIONS, ids=repr)
+def test_ablations_edit_as_their_equations_say(method):
+    test_chosen_positions_are_edited_and_no_other("bert", method)
 
 
 @torch.no_grad()
@@ -118,11 +136,51 @@ def test_r_stays_orthonormal(name):
     assert (method.R.detach() - start).abs().max() > 0.1  # it did turn
     with torch.no_grad():  # what R sees of an edited state is W h + b; the rest is untouched
         h = torch.randn(5, 7, 16)
-        (M, _), (b, _), (N, _) = method.maps()
+        maps = method.maps()
+        M, b, N = maps.W[0] - maps.D[0], maps.b[0], maps.N[0]
         after = h + (h @ M.T + b) @ N
         torch.testing.assert_close(after @ N.T, h @ method.W[0].T + method.b[0], atol=1e-5, rtol=1e-5)
         across = torch.eye(16) - N.T @ N
         torch.testing.assert_close(after @ across, h @ across, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [METHODS[0], ABLATIONS[1], METHODS[1]], ids=repr)
+def test_directions_act_row_by_row_and_add_up(method):
+    """Those of a row alone, those of all rows, and all of them, which is what acts outside of the context."""
+    model, inputs = base("bert"), batch("bert")
+    plain = outputs("bert", model, inputs)[0]
+    piece = inlay.adapt(model, method, layers=[0], head=None)
+    stir(piece)
+    whole = outputs("bert", model, inputs)[0]
+    found = []
+    for chosen in ([0], [1, 2], [0, 1, 2]):
+        with directions(model, chosen):
+            found.append(outputs("bert", model, inputs)[0])
+    assert torch.equal(found[2], whole)
+    torch.testing.assert_close(found[0] + found[1] - plain, whole, atol=1e-5, rtol=1e-5)
+    assert (found[0] - whole).abs().max() > 1e-2
+    rows = [[1, 2], [0]] * (len(plain) // 2)
+    with directions(model, rows):
+        mixed = outputs("bert", model, inputs)[0]
+    for i in range(len(mixed)):
+        torch.testing.assert_close(mixed[i], found[1 - i % 2][i], atol=1e-6, rtol=1e-6)
+    assert torch.equal(outputs("bert", model, inputs)[0], whole)
+    with directions(model, [3]), pytest.raises(OptionError, match="has directions 0 to 2, asked for is 3"):
+        model(**inputs)
+    with pytest.raises(AdapterError, match="rows of directions were given"), directions(model, [[0]] * 5):
+        model(**inputs)
+
+
+def test_directions_are_trained_apart():
+    """Training some directions leaves those of another task as they are, but for R, whose rows stay orthonormal."""
+    model, inputs = base("bert"), batch("bert")
+    method = inlay.adapt(model, METHODS[0], layers=[0], head=None).levels[0].method
+    with directions(model, [0, 1]):
+        model(**inputs).logits.square().sum().backward()
+    assert method.W.grad[0, 2].eq(0).all()
+    assert method.b.grad[0, 2] == 0
+    assert method.W.grad[0, :2].abs().amax(1).gt(0).all()
 
 
 def pad(ids: list[list[int]], side: str) -> dict[str, torch.Tensor]:

@@ -45,6 +45,7 @@ def given(method: Method, shared: dict[str, Tensor]) -> Given:
     if "feedforward" in options:  # which of IA3's two equations holds is a matter of where it sits
         options["on_input"] = any(path.endswith(n) or name.endswith(n) for n in options["feedforward"])
     options["channels"] = isinstance(method.site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    options["kernel"] = getattr(method.site.module, "kernel_size", ())
     options["embedding"] = isinstance(method.site.module, nn.Embedding)
     of = options.get("of")
     wide = {n: t.double() for n, t in shared.items()}
@@ -251,6 +252,34 @@ def ssf(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return g["gamma"].diag() @ W, None if b is None else g["gamma"] * b + g["beta"]
 
 
+def sct(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """(I + P W Pᵀ) W and the same of b, with the channels S written into a full matrix."""
+    L, S = torch.eye(len(W), dtype=W.dtype), g.frozen["S"].long()
+    shift = torch.zeros(len(W), dtype=W.dtype)
+    for i, s in enumerate(S):
+        shift[s] = g.tensors.get("b", shift)[i]
+        for j, t in enumerate(S):
+            L[s, t] += g["W"][i, j]
+    return L @ W, None if b is None else L @ b + shift
+
+
+def residualseries(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """(I + A) W and (I + A) b, A block-diagonal where the convolution has groups."""
+    L = torch.eye(len(W), dtype=W.dtype) + torch.block_diag(*g["A"].split(g["A"].shape[1]))
+    return L @ W, None if b is None else L @ b
+
+
+def residualparallel(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """W with A added to the middle of the kernel, one number of it after another."""
+    W, taps = W.clone(), W.shape[1] // g["A"].shape[1]
+    sizes, middle = g.options["kernel"], 0
+    for k in sizes:
+        middle = middle * k + (k - 1) // 2
+    for c in range(g["A"].shape[1]):
+        W[:, c * taps + middle] += g["A"][:, c]
+    return W, b
+
+
 def weightnorm(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     """g ⊙ V/‖V‖ row by row; what is not trained is as it was in W."""
     V = g.tensors.get("v", W)
@@ -372,6 +401,7 @@ ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
     "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "diablo": diablo,
     "kradapter": kradapter, "eva": eva, "corda": corda, "lorasb": lorasb,
     "dylora": dylora, "adalora": adalora, "deltalora": deltalora, "relora": relora,
+    "sct": sct, "residualseries": residualseries, "residualparallel": residualparallel,
     "ssf": ssf, "weightnorm": weightnorm, "oft": oft, "boft": boft, "road": road,
     "ether": ether, "etherplus": etherplus, "glora": glora,
 }  # fmt: skip
@@ -380,7 +410,7 @@ ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
 # ---------------------------------------------------------------------- methods on activations
 def bottleneck(g: Given, of_input: bool, normed: bool = False) -> Rule:
     """y + W_up σ(W_down h + b_down) + b_up with h the output, or the input."""
-    sigma = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[g.options["activation"]]
+    sigma = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "tanh": torch.tanh}[g.options["activation"]]
 
     def rule(x: Tensor, y: Tensor) -> Tensor:
         h = (x if of_input else y).double()
@@ -389,11 +419,22 @@ def bottleneck(g: Given, of_input: bool, normed: bool = False) -> Rule:
         if normed:
             centred = h - h.mean(-1, keepdim=True)
             h = g["gain"] * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() + g["shift"]
-        f = sigma(h @ g["down"].T + g["down_bias"]) @ g["up"].T + g["up_bias"]
+        b_down, b_up = (g.tensors.get(name, torch.zeros((), dtype=h.dtype)) for name in ("down_bias", "up_bias"))
+        f = sigma(h @ g["down"].T + b_down) @ g["up"].T + b_up
         f = g.options["scale"] * f
         return (y.double() + (f.movedim(-1, 1) if channels else f)).to(y.dtype)
 
     return rule
+
+
+def compacter(g: Given) -> Rule:
+    """The same with both matrices summed up entry by entry from Kronecker products."""
+
+    def whole(side: str) -> Tensor:
+        parts = zip(g.common["A"], g[f"{side}_s"], g[f"{side}_t"], strict=True)
+        return torch.stack([torch.kron(A, s @ t) for A, s, t in parts]).sum(0)
+
+    return bottleneck(replace(g, tensors=g.tensors | {"down": whole("down"), "up": whole("up")}), False)
 
 
 def kronecker_branch(g: Given) -> Rule:
@@ -404,6 +445,10 @@ def kronecker_branch(g: Given) -> Rule:
 
 HIDDEN: dict[str, Callable[[Given], Rule]] = {
     "houlsby": lambda g: bottleneck(g, False),
+    "llmseries": lambda g: bottleneck(g, False),
+    "llmparallel": lambda g: bottleneck(g, True),
+    "adaptformer": lambda g: bottleneck(g, True),
+    "compacter": compacter,
     "pfeiffer": lambda g: bottleneck(g, False),
     "linadapter": lambda g: bottleneck(g, False, normed=True),
     "paralleladapter": lambda g: bottleneck(g, True),
@@ -411,9 +456,11 @@ HIDDEN: dict[str, Callable[[Given], Rule]] = {
 }  # fmt: skip
 ELSEWHERE = {
     "loreft": "tests/hidden/test_reft.py", "direft": "tests/hidden/test_reft.py",
+    "noreft": "tests/hidden/test_reft.py", "consreft": "tests/hidden/test_reft.py",
+    "lobireft": "tests/hidden/test_reft.py",
     "prompttuning": "tests/tokens/test_prompt.py", "prefixtuning": "tests/tokens/test_prefix.py",
     "linearprobe": "has no equation but the head's", "bitfit": "copies", "full": "copies",
     "normtuning": "copies", "galore": "copies; its optimizer: tests/papers/test_galore.py",
-    "ist": "tests/papers/test_ist.py",
+    "ist": "tests/papers/test_ist.py", "tfew": "tests/papers/test_tfew.py",
 }  # fmt: skip
 """Where the other methods' equations are checked."""

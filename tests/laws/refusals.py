@@ -6,10 +6,14 @@ from laws.cases import Case
 
 MAPS = {"conv1d", "conv1d-same", "conv1d-point", "conv2d", "conv2d-groups", "conv2d-depthwise", "conv2d-same",
         "conv3d", "batchnorm"}  # fmt: skip
+GROUPED = {"conv1d-same", "conv1d-point", "conv2d-groups", "conv2d-depthwise", "conv3d"}
 TABLES = {"embedding", "embedding-tied"}
 UNSEEN = {"mha", "mha-split", "encoder", "encoder-padded", "mixtral", "qwen-moe", "gpt-oss"}
 TEXTS = {"gpt2-mlp", "gemma", "neox", "falcon", "mixtral", "qwen-moe", "gpt-oss", "bert", "classifier", "llama"}
 PACKED = {"int8-tensor", "int8-module", "nf4", "int4", "int8"}
+
+PARALLEL = ("ParallelAdapter", "AdaptFormer", "LLMParallel")
+ABLATIONS = ("NoReFT", "ConsReFT", "LobiReFT")
 
 REFUSALS: list[tuple[str, set[str], str]] = [
     # nothing there to train
@@ -18,16 +22,21 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     # activations of another kind than the method's equation speaks of
     ("LoReFT", MAPS, "edits a sequence of hidden states, 'conv' gives a map"),
     ("DiReFT", MAPS, "edits a sequence of hidden states, 'conv' gives a map"),
-    ("ParallelAdapter", MAPS, "needs vectors at 'conv', which reads a map"),
-    ("ParallelAdapter", TABLES, "needs vectors at 'table', which reads ids"),
+    *((name, MAPS, "edits a sequence of hidden states, 'conv' gives a map") for name in ABLATIONS),
+    *((name, MAPS, "needs vectors at 'conv', which reads a map") for name in PARALLEL),
+    *((name, TABLES, "needs vectors at 'table', which reads ids") for name in PARALLEL),
     ("KronAB", MAPS, "needs vectors at 'conv', which reads a map"),
     ("KronAB", TABLES, "needs vectors at 'table', which reads ids"),
+    ("Compacter", {"conv2d-same", "head-tied"}, "n = 2 does not divide the width"),
     # inputs that a method which starts from them could not see
     ("EVA", TABLES, "starts from the vectors a matrix acts on, but 'table' reads ids"),
     ("CorDA", TABLES, "starts from the vectors a matrix acts on, but 'table' reads ids"),
     ("EVA", {"gemma"}, "but 'model.embed_tokens' reads ids"),
     ("CorDA", {"gemma"}, "but 'model.embed_tokens' reads ids"),
     ("EVA", UNSEEN, "are out of sight: other code than the module's own forward applies it"),
+    ("SCT", TABLES, "starts from the vectors a matrix acts on, but 'table' reads ids"),
+    ("SCT", {"gemma"}, "but 'model.embed_tokens' reads ids"),
+    ("SCT", UNSEEN, "are out of sight: other code than the module's own forward applies it"),
     ("CorDA", UNSEEN, "are out of sight: other code than the module's own forward applies it"),
     # widths that m butterfly factors cannot be cut for
     (
@@ -36,6 +45,7 @@ REFUSALS: list[tuple[str, set[str], str]] = [
         r"features to rotate, which cannot be cut into a multiple of 2 blocks of even size",
     ),
     # what W of a grouped convolution cannot express
+    ("SCT", GROUPED, "would mix the outputs of different groups of 'conv'"),
     ("RoAd", {"conv1d-same", "conv2d-groups"}, "would mix the outputs of different groups of 'conv'"),
     # no seam in the base's own code where the method could enter
     ("VPT", TEXTS, "puts vectors among the hidden states of image patches"),

@@ -57,6 +57,15 @@ def kronecker(d_out: int, d_in: int, r: int) -> Made:
     return products.Kronecker(P, Q), [P, Q], formed
 
 
+def tap(d_out: int, d_in: int, r: int) -> Made:
+    A = leaf(d_out, d_in)
+    return (
+        products.Tap(A, r - 1, r),
+        [A],
+        lambda A: torch.stack([A if t == r - 1 else 0 * A for t in range(r)], -1).flatten(1),
+    )
+
+
 def hadamard(d_out: int, d_in: int, r: int) -> Made:
     b1, a1, b2, a2 = leaf(d_out, r), leaf(r, d_in), leaf(d_out, r + 1), leaf(r + 1, d_in)
     made = products.Hadamard(m.LowRank(b1, a1, 2.0), m.LowRank(b2, a2))
@@ -131,7 +140,7 @@ def scaled(d_out: int, d_in: int, r: int) -> Made:
 
 MAKERS = [
     low_rank, dense, diagonal, kronecker, kronecker_low_rank, hadamard, khatri_rao, khatri_rao_transposed, sandwich,
-    block_diagonal, block_diagonal_cut, sparse, summed, scaled,
+    tap, block_diagonal, block_diagonal_cut, sparse, summed, scaled,
 ]  # fmt: skip
 size = st.integers(1, 5)
 

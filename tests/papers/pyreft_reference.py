@@ -20,7 +20,11 @@ BASE = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 20, "num_hidde
         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 LAYERS, RANK, POSITIONS = [0, 2], 3, "f3+l2"
 LENGTHS = [9, 5, 3]  # the last one is too short for f3+l2
-INTERVENTIONS = {"loreft": pyreft.LoreftIntervention, "direft": pyreft.NodireftIntervention}
+INTERVENTIONS = {
+    "loreft": pyreft.LoreftIntervention, "direft": pyreft.NodireftIntervention, "noreft": pyreft.NoreftIntervention,
+    "consreft": pyreft.ConsreftIntervention, "lobireft": pyreft.LobireftIntervention,
+    "rotated": pyreft.DireftIntervention,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -60,9 +64,11 @@ def case(model, ids, mask, intervention, tied):
     for i, part in enumerate(parts):
         own = part["intervention"]
         rotation = own.rotate_layer.weight.T if "rotate_layer" in own._modules else own.proj_layer.weight
-        W, b = own.learned_source.weight, own.learned_source.bias
-        found |= {f"{i}.R": rotation.detach(), f"{i}.W": W.detach(), f"{i}.b": b.detach(),
-                  f"{i}.W.grad": W.grad, f"{i}.b.grad": b.grad}  # fmt: skip
+        learned = own.learned_source
+        parts = {"b": learned} if isinstance(learned, torch.nn.Parameter) else {"W": learned.weight, "b": learned.bias}
+        found |= {f"{i}.R": rotation.detach()}
+        found |= {f"{i}.{name}": t.detach() for name, t in parts.items()}
+        found |= {f"{i}.{name}.grad": t.grad for name, t in parts.items()}
     row = {"input_ids": ids[:1], "attention_mask": mask[:1]}
     places = {"sources->base": (None, [[rows[0]] for rows in where])}
     _, tokens = reft.generate(row, unit_locations=places, intervene_on_prompt=True, max_new_tokens=8, do_sample=False,

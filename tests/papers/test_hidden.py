@@ -11,7 +11,21 @@ from safetensors import safe_open
 from torch import nn
 
 import inlay
-from inlay.methods import DiReFT, Houlsby, LinAdapter, LoReFT, ParallelAdapter, Pfeiffer
+from inlay.methods import (
+    AdaptFormer,
+    Compacter,
+    ConsReFT,
+    DiReFT,
+    Houlsby,
+    LinAdapter,
+    LLMParallel,
+    LLMSeries,
+    LobiReFT,
+    LoReFT,
+    NoReFT,
+    ParallelAdapter,
+    Pfeiffer,
+)
 
 # ------------------------------------------------------------------------------------------------ parameter counts
 SIZES = {
@@ -26,6 +40,8 @@ SIZES = {
     "llama-13b": ("LlamaForCausalLM", {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40,
                                        "intermediate_size": 13824}),
     "bart-large": ("BartModel", {}),
+    "vit-base": ("ViTModel", {}),
+    "t5-base": ("T5Model", {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}),
 }  # fmt: skip
 COUNTS = [
     # base, method, layers, adapter parameters
@@ -47,6 +63,16 @@ COUNTS = [
     ("llama-13b", LoReFT(r=8), None, 3_277_120),
     ("llama-7b", LoReFT(r=4, positions="f5+l5", tied=False), [3, 9, 18, 24], 4 * 2 * (2 * 4 * 4096 + 4)),
     ("llama-7b", DiReFT(r=8), None, 2_097_408),
+    ("llama-7b", NoReFT(r=8), None, 2_097_408),
+    ("llama-7b", ConsReFT(r=8), None, 32 * (8 * 4096 + 8)),
+    ("llama-7b", LobiReFT(r=8), None, 32 * (8 * 4096 + 8)),
+    ("llama-7b", LLMSeries(), None, 67_108_864),  # the 66M of LLM-Adapters' table, 0.99 % of the model with it
+    ("llama-13b", LLMSeries(), None, 104_857_600),  # its 104M
+    ("llama-7b", LLMParallel(), None, 32 * 2 * 256 * (4096 + 11008)),  # 3.54 % with it
+    ("vit-base", AdaptFormer(r=64), None, 12 * (2 * 768 * 64 + 64 + 768)),
+    ("vit-base", AdaptFormer(r=1), None, 12 * (2 * 768 + 1 + 768)),
+    ("t5-base", Compacter(r=24), None, 48 * 2376 + 64),
+    ("t5-base", Compacter(r=24).on("mlp.down"), None, 24 * 2376 + 64),  # Compacter++
 ]
 
 
@@ -74,16 +100,25 @@ def reference():
         return json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+PYREFT = {
+    "loreft": (LoReFT(), {"A": "R", "W": "W", "b": "b"}), "direft": (DiReFT(), {"W2": "R", "W1": "W", "b": "b"}),
+    "noreft": (NoReFT(), {"W2": "R", "W1": "W", "b": "b"}), "consreft": (ConsReFT(), {"A": "R", "b": "b"}),
+    "lobireft": (LobiReFT(), {"A": "R", "b": "b"}),
+    "rotated": (LoReFT(difference=False), {"A": "R", "W": "W", "b": "b"}),
+}  # fmt: skip
+"""Ours, and what theirs calls its tensors, the projection first."""
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["loreft", "direft"])
+@pytest.mark.parametrize("kind", PYREFT)
 def test_pyreft_parity(reference, kind, tied):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     about, found = reference
     model = LlamaForCausalLM(LlamaConfig(**about["base"])).eval()
     model.load_state_dict({k.removeprefix("base."): t for k, t in found.items() if k.startswith("base.")})
-    cls = {"loreft": LoReFT, "direft": DiReFT}[kind]
-    method = cls(r=about["rank"], positions=about["positions"], tied=tied)
+    method, names = PYREFT[kind]
+    method = method.replace(r=about["rank"], positions=about["positions"], tied=tied)
     piece = inlay.adapt(model, method, layers=about["layers"])
 
     def theirs(i: int, name: str) -> torch.Tensor:
@@ -91,7 +126,6 @@ def test_pyreft_parity(reference, kind, tied):
         sets = [i] if tied else [i, i + len(about["layers"])]
         return torch.stack([found[f"{kind}.{tied}.{n}.{name}"] for n in sets])
 
-    names = {"A": "R", "W": "W", "b": "b"} if kind == "loreft" else {"W2": "R", "W1": "W", "b": "b"}
     for i, level in enumerate(piece.levels):
         for ours, name in names.items():
             level.method.get_parameter(ours).data.copy_(theirs(i, name))

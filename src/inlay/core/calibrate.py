@@ -47,7 +47,7 @@ def calibrate(
     loss: Loss | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Calibration:
-    """Let the active methods that start from data (EVA, CorDA, LoRA-SB) see some: one pass for all of them.
+    """Let the active methods that start from data (EVA, CorDA, LoRA-SB, SCT) see some: one pass for all of them.
 
     Call it after `inlay.adapt`, before the first training step and before DistributedDataParallel or FSDP2 wrap the
     model; in several processes with the same batches in each. Trained tensors keep their identity, so an optimizer made

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from inlay.core.method import Method
 from inlay.core.sites import Site
@@ -27,6 +29,14 @@ class Companion(Method):
     @abstractmethod
     def ready(self) -> None:
         """Called before every forward of the model that may be trained on."""
+
+    def added(self, given: Mapping[str, Any], output: Any) -> Tensor | None:
+        """What is added to the loss that the model computed from labels, with gradients; None for nothing.
+
+        `given` are the model's arguments by name, and `choices` (`inlay.core.choices`) where the caller gave them or
+        None; `output` is the model's, with its loss first.
+        """
+        return None
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.core.attention import AttentionMount
-from inlay.core.calls import first, tensors_in
+from inlay.core.calls import first, replace_first_output, tensors_in
 from inlay.core.companion import Companion
 from inlay.core.contexts import Blanks, ContextMethod
 from inlay.core.dual import is_dual
@@ -63,6 +63,10 @@ class Call:
     """Class prompts with blanks, while a text tower reads them."""
     running: dict[str, Running] = field(default_factory=dict)
     """What is inserted into the hidden states of towers that are running, by the path of the mount."""
+    directions: Tensor | None = None
+    """Which directions of an intervention act on each row (batch, most); None: all."""
+    choices: Tensor | None = None
+    """Which tokens are answers to which question, see `inlay.core.choices`; taken out of the model's arguments."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class State:
     """What acts outside of a backward pass that has brought back what acted in its forward."""
     prompt: Tensor | None = None
     """Lengths of the prompts inside `inlay.core.positions.prompts`."""
+    directions: Tensor | None = None
+    """Directions that act inside `inlay.core.positions.directions`, (rows or 1, most)."""
     arguments: list[str] = field(default_factory=list)
     """Names of the model's positional arguments."""
     factored: bool = False
@@ -166,8 +172,8 @@ class Inlay(nn.Module):
         call, rows = self.state.call, self.state.rows
         if rows is None:
             return call
-        mask, prompt = (t if t is None else t[rows] for t in (call.mask, call.prompt))
-        return Call(mask, call.past, prompt, call.positions, call.blanks, call.running)
+        mask, prompt, chosen = (t if t is None else t[rows] for t in (call.mask, call.prompt, call.directions))
+        return replace(call, mask=mask, prompt=prompt, directions=chosen, choices=None)
 
     @property
     def device(self) -> torch.device:
@@ -373,7 +379,7 @@ class Inlay(nn.Module):
         state.active, state.routes, state.call, state.rows = what.active, what.routes, what.call, what.rows
 
     # ------------------------------------------------------------------ around the whole model's forward
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.state.running:  # the last forward was interrupted (Ctrl-C): no hook ran after it
             for mount in self.state.mounts.values():
                 mount.frames.clear()
@@ -390,7 +396,13 @@ class Inlay(nn.Module):
             prompt = marked_prompts(given.get("input_ids"), given.get("labels"), mask)
         else:
             prompt = spread(prompt, len(first(args, kwargs)))
-        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"))
+        chosen = self.state.directions
+        if chosen is not None:
+            x = first(args, kwargs)
+            chosen = spread(chosen, len(x), "rows of directions").to(x.device)
+        mine = "choices" in kwargs and "choices" not in self.state.arguments
+        choices = kwargs["choices"] if mine else None
+        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"), directions=chosen, choices=choices)
         if self.routes is not None:
             texts, images = given.get("input_ids"), given.get("pixel_values")
             if is_dual(module) and texts is not None and images is not None and len(texts) != len(images):
@@ -401,10 +413,28 @@ class Inlay(nn.Module):
             self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():
                 mount.served = False
+        return (args, {name: value for name, value in kwargs.items() if name != "choices"}) if mine else None
 
-    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         self.state.running = False
+        output = self.with_added(args, kwargs, output)
         self.remember(output)
+        self.check_served(kwargs, output)
+        return output
+
+    def with_added(self, args: tuple, kwargs: dict, output: Any) -> Any:
+        """The model's output with what companions add to its loss, where it has one that may be trained on."""
+        given = dict(zip(self.state.arguments, args, strict=False)) | kwargs
+        if given.get("labels") is None or not torch.is_grad_enabled() or output is None:
+            return output
+        for companion in self.companions():
+            term = companion.added({**given, "choices": self.state.call.choices}, output)
+            if term is not None:
+                output = replace_first_output(output, output[0] + term)
+        return output
+
+    def check_served(self, kwargs: dict, output: Any) -> None:
+        """RouteError where rows were routed to an adapter past whose tensors the forward went."""
         if self.routes is None or output is None or kwargs.get("encoder_outputs") is not None:
             return  # generating, an encoder has run before this forward
         wanted = {name for name in self.routes if name is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import prod
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from inlay.core.errors import SiteError
 from inlay.core.matrices import LowRank, Matrix
+from inlay.core.products import Tap
 from inlay.core.quantised import is_quantised
 
 
@@ -104,14 +106,16 @@ class ConvHost(Host):
     def apply(self, module: nn.Module, delta: Matrix, x: Tensor) -> Tensor:
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         kernel = (module.in_channels // module.groups, *module.kernel_size)
+        if isinstance(delta, Tap) and (seen := under_tap(module, delta.tap, x)) is not None:
+            A = delta.A.to(x.dtype).reshape(*delta.A.shape, *(1 for _ in module.kernel_size))
+            return convolve(module)(seen, A, groups=module.groups)
         if not isinstance(delta, LowRank):
             return module._conv_forward(x, delta.dense().to(x.dtype).reshape(-1, *kernel), None)
         A = delta.A.to(x.dtype).reshape(delta.rank, *kernel)
         A = A.repeat(module.groups, *(1 for _ in kernel))  # every group applies the same r kernels to its channels
         h = module._conv_forward(x, A, None)
-        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
         B = (delta.scale * delta.B).to(x.dtype).reshape(*delta.B.shape, *(1 for _ in module.kernel_size))
-        return convolve(h, B, groups=module.groups)
+        return convolve(module)(h, B, groups=module.groups)
 
     def vectors(self, module: nn.Module, x: Tensor) -> Tensor:
         """The patches under the kernel, those of every group: what the convolution with each unit kernel picks out."""
@@ -129,6 +133,28 @@ class ConvHost(Host):
         raise SiteError(
             "a convolution's input has channels, its matrix has channels × kernel: scale its output instead"
         )
+
+
+def convolve(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Callable[..., Tensor]:
+    """The convolution along as many axes as a module's."""
+    return {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
+
+
+def under_tap(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, tap: int, x: Tensor) -> Tensor | None:
+    """What one tap of a convolution's kernel reads at every place of its output; None where that is partly padding."""
+    if isinstance(module.padding, str):
+        return None
+    cuts: list[slice] = []
+    axes = zip(module.kernel_size, module.stride, module.padding, module.dilation, x.shape[-len(module.kernel_size) :],
+               strict=True)  # fmt: skip
+    for axis, (k, stride, padding, dilation, length) in reversed(list(enumerate(axes))):
+        tap, at = divmod(tap, k) if axis else (0, tap)
+        begin, places = at * dilation - padding, (length + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        end = begin + (places - 1) * stride + 1
+        if begin < 0 or end > length:
+            return None
+        cuts.insert(0, slice(begin, end, stride))
+    return x[(slice(None),) * (x.dim() - len(cuts)) + tuple(cuts)]
 
 
 class EmbeddingHost(Host):

@@ -107,11 +107,11 @@ def marked_prompts(ids: Any, labels: Any, mask: Tensor | None) -> Tensor | None:
     return torch.where(repeats & (before > 0), before, whole)
 
 
-def spread(lengths: Tensor, batch: int) -> Tensor:
-    """One length per row of the batch: rows of a multiple batch are consecutive (beams)."""
-    if batch % len(lengths) != 0:
-        raise AdapterError(f"{len(lengths)} prompt lengths were given for a batch of {batch}")
-    return lengths.repeat_interleave(batch // len(lengths))
+def spread(given: Tensor, batch: int, what: str = "prompt lengths") -> Tensor:
+    """What was given of each row, for each row of the batch: those of a multiple batch are consecutive (beams)."""
+    if batch % len(given) != 0:
+        raise AdapterError(f"{len(given)} {what} were given for a batch of {batch}")
+    return given.repeat_interleave(batch // len(given), dim=0)
 
 
 @contextmanager
@@ -132,3 +132,27 @@ def prompts(model: nn.Module, lengths: Tensor | Sequence[int] | int) -> Iterator
         yield
     finally:
         state.prompt = before
+
+
+@contextmanager
+def directions(model: nn.Module, chosen: Sequence[int] | Sequence[Sequence[int]]) -> Iterator[None]:
+    """Let only these of the r directions of LoReFT and its kin act, for all rows or for each its own.
+
+    An intervention's directions are subspaces that can be learnt apart and composed: train one task's rows inside
+    `directions(model, [0, 1, 2, 3])`, another's inside `directions(model, [4, 5, 6, 7])`, or both in one batch with a
+    list for each row, and use both together with all eight, which is what acts outside of this context.
+    """
+    from inlay.core.active import attached
+
+    state = attached(model).state
+    before = state.directions
+    common = [n for n in chosen if isinstance(n, int)]
+    rows = [common] if common else [list(row) for row in chosen if not isinstance(row, int)]
+    most = 1 + max((n for row in rows for n in row), default=0)
+    if not rows or any(n < 0 for row in rows for n in row):
+        raise AdapterError(f"directions are numbers from 0, for all rows or a list for each, got {chosen!r}")
+    state.directions = torch.tensor([[n in row for n in range(most)] for row in rows])
+    try:
+        yield
+    finally:
+        state.directions = before

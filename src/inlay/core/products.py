@@ -1,4 +1,4 @@
-"""Structured updates that are products of smaller matrices: Kronecker, Hadamard, Khatri-Rao, and U M Vᵀ.
+"""Structured updates that are products of smaller matrices: Kronecker, Hadamard, Khatri-Rao, one tap, and U M Vᵀ.
 
 The contract is that of `inlay.core.matrices`.
 """
@@ -102,6 +102,39 @@ class KhatriRao(Formed):
             return (self.V[ids].unsqueeze(-1) * self.U[ids].unsqueeze(-2)).flatten(-2)[..., : self.width]
         p = self.U.shape[1]
         return self.V.T[ids // p] * self.U.T[ids % p]
+
+
+class Tap(Matrix):
+    """Δ = A ⊗ e_tᵀ, a 1×1 convolution A (d_out, q) at the t-th of `taps` taps of a kernel; (d_out, q·taps)."""
+
+    def __init__(self, A: Tensor, tap: int, taps: int) -> None:
+        self.A, self.tap, self.taps = A, tap, taps
+        self.shape = (A.shape[0], A.shape[1] * taps)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What lies under the tap (…, q)."""
+        return x[..., self.tap :: self.taps]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(self.seen(x), self.A.to(x.dtype))
+
+    def dense(self) -> Tensor:
+        return F.pad(self.A.unsqueeze(-1), (self.tap, self.taps - 1 - self.tap)).flatten(-2)
+
+    def row_dot(self, W: Tensor) -> Tensor:
+        return (self.seen(W) * self.A).sum(1)
+
+    def row_squares(self) -> Tensor:
+        return self.A.square().sum(1)
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * prod(self.A.shape)
+
+    def dense_flops(self) -> int:
+        return 0
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids // self.taps, self.A.T) * (ids % self.taps == self.tap).to(self.A.dtype).unsqueeze(-1)
 
 
 class Sandwich(Matrix):

@@ -23,7 +23,7 @@ class Statistic:
     """Something about one place in the network, over all batches so far."""
 
     samples: int = 0
-    """Vectors it has seen (input vectors; batches for gradients)."""
+    """Vectors it has seen (of inputs or outputs; batches for gradients)."""
     settled: bool = False
     """Whether more batches would hardly change it."""
 
@@ -121,6 +121,32 @@ class Components(InputStatistic):
         return self.values[: self.k].square().double() / max(self.spread, 1e-300)
 
 
+class OutputStatistic(Statistic, ABC):
+    """About the vectors y (d_out,) that a place gives out; padded tokens are left out."""
+
+    @abstractmethod
+    def add(self, Y: Tensor, classes: Tensor) -> None:
+        """More vectors, (n, d_out) with n ≥ 1, in float32, and the class of each (n,), 0 where there are none."""
+
+
+class ChannelNorms(OutputStatistic):
+    """How large each channel is: for each class √(Σ y²) over all vectors of it, averaged over the classes."""
+
+    def __init__(self) -> None:
+        self.squares: dict[int, Tensor] = {}
+
+    def add(self, Y: Tensor, classes: Tensor) -> None:
+        for c in classes.unique().tolist():
+            total = Y[classes == c].square().sum(0)
+            self.squares[c] = total if c not in self.squares else self.squares[c].add_(total)
+        self.samples += len(Y)
+
+    @property
+    def norms(self) -> Tensor:
+        """(d_out,)."""
+        return torch.stack([total.sqrt() for _, total in sorted(self.squares.items())]).mean(0)
+
+
 class Gradient(Statistic):
     """Σ over batches of ∂loss/∂p for a tensor p of the base, in the shape it is stored in, on the CPU."""
 
@@ -143,7 +169,7 @@ class Calibrated(Method):
     """
 
     wants_gradient: ClassVar[bool] = False
-    """Whether its statistic is a `Gradient`; otherwise it is one of inputs, which must be in sight."""
+    """Whether its statistic is a `Gradient`; otherwise it is one of inputs or outputs, which must be in sight."""
 
     def build(self, site: Site) -> None:
         host = site.host

@@ -109,6 +109,19 @@ class Pairs(Map):
         return Pairs(self.c1, -torch.stack([second, first], -2).flatten(-3), self.group)
 
 
+class Plus(Map):
+    """I + M; exactly I where M is zero."""
+
+    def __init__(self, M: Map) -> None:
+        self.M = M
+
+    def of(self, x: Tensor) -> Tensor:
+        return x + self.M.of(x)
+
+    def transposed(self) -> Map:
+        return Plus(self.M.transposed())
+
+
 class Product(Map):
     """M_k … M₂ M₁, the first map first."""
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.calls import first
+from inlay.core.calls import first, first_output
 from inlay.core.container import Inlay
 from inlay.core.errors import CalibrationError
 from inlay.core.hosts import ConvHost, QuantisedHost
 from inlay.core.method import Method
 from inlay.core.sites import Site
-from inlay.core.statistics import Calibrated, Gradient, InputStatistic, Statistic
+from inlay.core.statistics import Calibrated, Gradient, InputStatistic, OutputStatistic, Statistic
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -38,8 +38,18 @@ class Watch:
         """The tensor that the last module was given, and which statistics have seen it."""
         self.fed: dict[tuple, InputStatistic] = {}
         for site, kinds in self.inputs().values():
-            hook = self.reader(site, kinds)
-            stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            read = self.reader(site, kinds)
+            stack.callback(site.module.register_forward_pre_hook(read, with_kwargs=True).remove)
+        self.outputs: dict[Method, OutputStatistic] = {}
+        """Of each method that asks for its place's outputs."""
+        self.classes: Tensor | None = None
+        """The class of each row of the batch, where it has labels that say so."""
+        for method in methods:
+            statistic = None if method.wants_gradient else method.statistic()
+            if isinstance(statistic, OutputStatistic):
+                self.outputs[method] = statistic
+                hook = self.listener(method.site, statistic)
+                stack.callback(method.site.module.register_forward_hook(hook).remove)
         for method in methods:
             site = method.site
             if method.wants_gradient and (site.path, site.param) not in self.gradients:
@@ -53,7 +63,7 @@ class Watch:
         """Which statistics of its input each module is asked for: by path, by kind, how to make one."""
         asked: dict[str, tuple[Site, dict[tuple, Callable[[], Statistic]]]] = {}
         for method in self.methods:
-            if not method.wants_gradient:
+            if not method.wants_gradient and not isinstance(method.statistic(), OutputStatistic):
                 asked.setdefault(method.site.path, (method.site, {}))[1][kind_of(method)] = method.statistic
         return asked
 
@@ -78,6 +88,24 @@ class Watch:
 
         return read
 
+    def listener(self, site: Site, statistic: OutputStatistic) -> Callable[..., None]:
+        """The hook of a module whose outputs are asked for."""
+
+        def listen(module: nn.Module, args: tuple, output: Any) -> None:
+            y = first_output(output).detach().float()
+            y = y if site.rows is None else site.rows.take(y, -1)
+            y = y.movedim(-1 - site.host.axes, -1) if isinstance(site.host, ConvHost) else y
+            known = self.classes is not None and len(self.classes) == len(y)
+            classes = self.classes if known and self.classes is not None else torch.zeros(len(y), dtype=torch.int64)
+            classes = classes.to(y.device).reshape(-1, *(1 for _ in y.shape[2:])).expand(y.shape[:-1])
+            vectors, kept = finite(y.flatten(0, -2), "outputs", site), self.kept(site, y.shape[:-1].numel())
+            if kept is not None:
+                vectors, classes = vectors[kept], classes.flatten()[kept]
+            if len(vectors):
+                statistic.add(vectors, classes.flatten())
+
+        return listen
+
     def seen_by(self, site: Site, x: Tensor) -> dict[tuple, InputStatistic]:
         """The statistics, by kind, that have seen this very input; of a convolution each sees patches of its own."""
         if isinstance(site.host, ConvHost):
@@ -89,13 +117,22 @@ class Watch:
     def real(self, site: Site, x: Tensor) -> Tensor:
         """The vectors of a module's input without those of padded tokens."""
         assert site.host is not None
-        vectors, mask = site.host.vectors(site.module, x).float(), self.inlay.call.mask
-        if mask is None or mask.numel() != len(vectors) or site.name.startswith("decoder."):
-            return vectors  # no tokens here (a map, one vector per row), or not those that the mask speaks of
-        return vectors[mask.flatten().to(vectors.device)]
+        vectors = site.host.vectors(site.module, x).float()
+        kept = self.kept(site, len(vectors))
+        return vectors if kept is None else vectors[kept.to(vectors.device)]
+
+    def kept(self, site: Site, n: int) -> Tensor | None:
+        """Which of n vectors are of real tokens; None for all."""
+        mask = self.inlay.call.mask
+        if mask is None or mask.numel() != n or site.name.startswith("decoder."):
+            return None  # no tokens here (a map, one vector per row), or not those that the mask speaks of
+        return mask.flatten()
 
     def see(self, model: nn.Module, batch: Any, loss: Loss | None) -> None:
         """One batch forwards, and backwards where gradients are wanted."""
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        whole = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+        self.classes = labels if whole else None
         with torch.set_grad_enabled(bool(self.gradients)):
             if isinstance(batch, Mapping):
                 output = model(**batch)
@@ -110,18 +147,20 @@ class Watch:
     @property
     def settled(self) -> bool:
         """Whether no statistic needs more batches."""
-        return not self.gradients and all(statistic.settled for statistic in self.statistics.values())
+        return (
+            not self.gradients and not self.outputs and all(statistic.settled for statistic in self.statistics.values())
+        )
 
     def found(self) -> dict[Method, Statistic]:
         """Every method's statistic; CalibrationError where one has seen nothing, or something that is not finite."""
         found: dict[Method, Statistic] = {}
         for method in self.methods:
             site = method.site
-            statistic: Statistic | None = (
-                self.gradients[site.path, site.param]
-                if method.wants_gradient
-                else self.statistics.get((site.path, kind_of(method)))
-            )
+            statistic: Statistic | None = self.outputs.get(method)
+            if method.wants_gradient:
+                statistic = self.gradients[site.path, site.param]
+            elif statistic is None:
+                statistic = self.statistics.get((site.path, kind_of(method)))
             if statistic is None or not statistic.samples:
                 raise CalibrationError(f"the batches never came through '{site.path}', where {method.label()} is")
             if isinstance(statistic, Gradient) and statistic.total is not None:

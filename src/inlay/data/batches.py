@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from inlay.data.chat import IGNORED
+from inlay.data.choices import spread_out
 from inlay.data.rows import Rows
 
 Item = dict[str, Tensor]
@@ -85,6 +86,8 @@ class Collate:
 
     def __call__(self, items: Sequence[Item]) -> Item:
         """A batch as the model's keyword arguments."""
+        if "parts" in items[0]:
+            items = spread_out(items)
         lengths = [len(item["input_ids"]) for item in items if "input_ids" in item]
         longest = -(-max(lengths, default=0) // self.multiple_of) * self.multiple_of
         fill = {"input_ids": self.pad_id, "labels": IGNORED}

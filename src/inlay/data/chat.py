@@ -27,10 +27,11 @@ IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels (`IGNORED` outside answers) of the rows kept, and how many the length limit hit."""
+    """Token ids and labels (`IGNORED` outside answers) of the rows kept, which they are, and how many were hit."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
+    kept: list[int]
     dropped: int
     cut: int
 
@@ -90,8 +91,9 @@ def encode(tokenizer: Any, chats: Sequence[list[dict[str, str]]], template: str,
         return_token_type_ids=False,
         verbose=False,
     )
-    kept_ids, kept_labels, dropped, cut = [], [], 0, 0
-    for ids, offsets, (_, spans) in zip(tokens["input_ids"], tokens["offset_mapping"], rendered, strict=True):
+    kept_ids, kept_labels, kept, dropped, cut = [], [], [], 0, 0
+    each = zip(tokens["input_ids"], tokens["offset_mapping"], rendered, strict=True)
+    for i, (ids, offsets, (_, spans)) in enumerate(each):
         labels = [
             token if any(first <= start < last for first, last in spans) else IGNORED
             for token, (start, _) in zip(ids, offsets, strict=True)
@@ -102,6 +104,7 @@ def encode(tokenizer: Any, chats: Sequence[list[dict[str, str]]], template: str,
             dropped += 1
             continue
         cut += left < whole
+        kept.append(i)
         kept_ids.append(ids[:max_length])
         kept_labels.append(labels[:max_length])
-    return Encoded(kept_ids, kept_labels, dropped, cut)
+    return Encoded(kept_ids, kept_labels, kept, dropped, cut)

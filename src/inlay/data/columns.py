@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from inlay.data.choices import as_questions, wrong_ones
 from inlay.data.rows import TASKS, DataError, ImageRows, Row, Rows, TextRows
 
 
@@ -41,6 +42,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("conversation",),
     "prompt": ("instruction", "question"),
     "answer": ("output", "response", "completion"),
+    "choices": ("options",),
     "input": (),
     "system": (),
 }
@@ -50,8 +52,15 @@ FIELDS: dict[str, dict[str, bool]] = {  # by task: its fields, and whether they 
     "regression": _TEXT,
     "image-classification": {"image": True, "label": True},
     "causal-lm": {"messages": True},
-    "causal-lm from prompt and answer": {"prompt": True, "answer": True, "input": False, "system": False},
+    "causal-lm from prompt and answer": {
+        "prompt": True,
+        "answer": True,
+        "input": False,
+        "system": False,
+        "choices": False,
+    },
     "causal-lm from documents": {"text": True},
+    "causal-lm from classes": _TEXT,
 }
 # integers with more values than this are as likely scores as classes
 _MOST_CLASSES = 100
@@ -90,6 +99,8 @@ def choose_task(fields: Mapping[str, str], found: Sequence[str], task: str | Non
     fitting = [name for name in complete if task is None or name.split(" ")[0] == task]
     if task is None and {"text-classification", "regression"} <= set(fitting):
         fitting.remove("regression")  # settled by the labels
+    if "causal-lm from classes" in fitting and (task is None or len(fitting) > 2):
+        fitting.remove("causal-lm from classes")  # text and label, and where it is asked for
     if "causal-lm" in fitting and "causal-lm from prompt and answer" in fitting:
         fitting.remove("causal-lm from prompt and answer")
     if "causal-lm from documents" in fitting and (task is None or len(fitting) > 1 or "label" in fields):
@@ -126,6 +137,9 @@ def rows_of(
             raise DataError(f"{table.origin} has no column {missing[0]!r}; its columns are {', '.join(table.columns)}.")
         if not table.rows:
             raise DataError(f"{table.origin} is empty: it has no rows.")
+    asked_for = kind
+    if kind == "causal-lm from classes":
+        kind = "text-classification"
     if kind.startswith("causal-lm"):
         build = {"causal-lm": _chat, "causal-lm from documents": _texts}.get(kind, _answered)
         return "causal-lm", {s: TextRows(_build(t, used, build)) for s, t in tables.items()}, None
@@ -141,7 +155,10 @@ def rows_of(
         images = {s: [_image(t, i, used["image"]) for i in range(len(t.rows))] for s, t in tables.items()}
         return kind, {s: ImageRows(images[s], labels[s]) for s in images}, names
     texts = {s: _build(t, used, _texts) for s, t in tables.items()}
-    return kind, {s: TextRows(_labelled(texts[s], labels[s])) for s in texts}, names
+    rows: dict[str, Rows] = {s: TextRows(_labelled(texts[s], labels[s])) for s in texts}
+    if asked_for != kind:
+        return "causal-lm", {s: as_questions(r, names) for s, r in rows.items()}, None
+    return kind, rows, names
 
 
 def _build(table: Table, used: Mapping[str, str], build: Callable[[Table, int, Mapping[str, str]], Row]) -> list[Row]:
@@ -168,8 +185,11 @@ def _answered(table: Table, i: int, used: Mapping[str, str]) -> Row:
     optional = {f: table.rows[i][used[f]] for f in ("system", "input") if f in used and table.rows[i][used[f]]}
     prompt = "\n\n".join([_text(table, i, used["prompt"]), *([optional["input"]] if "input" in optional else [])])
     system = [{"role": "system", "content": optional["system"]}] if "system" in optional else []
-    answer = {"role": "assistant", "content": _text(table, i, used["answer"])}
-    return {"messages": [*system, {"role": "user", "content": prompt}, answer]}
+    right = _text(table, i, used["answer"])
+    row: Row = {"messages": [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": right}]}
+    if "choices" in used:
+        row["wrong"] = wrong_ones(table.place(i), table.rows[i][used["choices"]], right)
+    return row
 
 
 def _chat(table: Table, i: int, used: Mapping[str, str]) -> Row:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from inlay import archives
 from inlay.archives import Embedded
+from inlay.data.choices import as_questions
 from inlay.data.columns import rows_of
 from inlay.data.files import SPLITS, hub, tables_at
 from inlay.data.readers import RECIPES, Recipe
@@ -60,8 +61,9 @@ def load(
             an image folder (a sub-folder per class, also below train/validation/test); a folder saved by the
             datasets library; or a Hugging Face data set, `name` or `name:configuration`.
         columns: canonical field -> column name, where the names do not tell (`text`, `text2`, `label`, `image`,
-            `messages`, or `prompt`, `answer`, `input`, `system`).
-        task: needed only where the columns leave a choice.
+            `messages`, or `prompt`, `answer`, `input`, `system`, `choices`).
+        task: needed only where the columns leave a choice; causal-lm on texts with classes asks for the class's name
+            as the answer, with the other names as wrong choices.
         limit: rows to keep per split, or in every split; drawn in proportion to the classes.
         seed: of the draw by `limit`, and of splits made from one's own files. The splits made from embedded sets do
             not depend on it, so that results stay comparable.
@@ -76,6 +78,9 @@ def load(
     entry = _table().get(name)
     if entry is not None:
         task_found, splits, labels, notes = _embedded(entry, RECIPES[name], original)
+        if task == "causal-lm" and task_found == "text-classification" and labels is not None and not columns:
+            splits = {split: as_questions(rows, labels) for split, rows in splits.items()}
+            task_found, labels = "causal-lm", None
         if columns or task not in (None, task_found):
             raise DataError(f"{name} is a {task_found} set with columns of its own; leave out columns and task.")
     else:

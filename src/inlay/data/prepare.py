@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from inlay.core.contexts import Template
 from inlay.data.batches import Collate, ImageTensors, Item, TokenRows
 from inlay.data.chat import encode, template_of
+from inlay.data.choices import ChoiceRows, chats_of
 from inlay.data.documents import cut
 from inlay.data.prompts import class_prompts
 from inlay.data.rows import Data, DataError, Rows
@@ -25,7 +26,8 @@ class Prepared:
     Attributes:
         task: as in `Data`.
         splits: torch data sets of dicts of tensors. Text: `input_ids`, `token_type_ids` where the model has them, and
-            `labels`, one class (int64), score (float32) or, for causal-lm, one token or -100 per position. Images:
+            `labels`, one class (int64), score (float32) or, for causal-lm, one token or -100 per position; with
+            answers to choose from, those of all of them and `parts`, see `inlay.data.choices`. Images:
             `pixel_values` and `labels`.
         collate: makes a batch of items, padded and with `attention_mask`; usable as `collate_fn`.
         processor: the tokenizer or image processor used.
@@ -100,7 +102,8 @@ def prepare(
         if documents:
             made[split], note = _documents(rows, processor, length)
         else:
-            made[split], note = _chats(rows, processor, used, length) if used else _texts(rows, processor, length)
+            chats = _choices if "wrong" in rows[0] else _chats
+            made[split], note = chats(rows, processor, used, length) if used else _texts(rows, processor, length)
         if note:
             notes.append(f"{split}: {note}.")
     pad_id = processor.pad_token_id if processor.pad_token_id is not None else 0
@@ -141,6 +144,22 @@ def _chats(rows: Rows, tokenizer: Any, template: str, length: int) -> tuple[Toke
     if encoded.cut:
         parts.append(f"{encoded.cut} answers cut short at {length} tokens")
     return TokenRows({"input_ids": encoded.input_ids, "labels": encoded.labels}, None), "; ".join(parts)
+
+
+def _choices(rows: Rows, tokenizer: Any, template: str, length: int) -> tuple[ChoiceRows, str]:
+    """Chats with each of their answers; a row of which one has no token left is dropped."""
+    each = [chats_of(row) for row in rows]
+    owner = [i for i, chats in enumerate(each) for _ in chats]
+    encoded = encode(tokenizer, [chat for chats in each for chat in chats], template, length)
+    examples: list[list[tuple[list[int], list[int]]]] = [[] for _ in each]
+    for at, ids, labels in zip(encoded.kept, encoded.input_ids, encoded.labels, strict=True):
+        examples[owner[at]].append((ids, labels))
+    whole = [rows for rows, chats in zip(examples, each, strict=True) if len(rows) == len(chats)]
+    if not whole:
+        raise DataError(f"No row keeps a token of every answer within {length} tokens; raise max_length.")
+    dropped = len(each) - len(whole)
+    note = f"{dropped} of {len(each)} rows dropped, of which an answer begins after {length} tokens" if dropped else ""
+    return ChoiceRows(whole), note
 
 
 def _documents(rows: Rows, tokenizer: Any, length: int) -> tuple[TokenRows, str]:

@@ -17,7 +17,7 @@ NAMES = {
     "text-classification": ["accuracy", "macro_f1", "mcc"],
     "image-classification": ["accuracy", "macro_f1", "mcc"],
     "regression": ["pearson", "spearman", "mse"],
-    "causal-lm": ["loss", "perplexity", "token_accuracy"],
+    "causal-lm": ["loss", "perplexity", "token_accuracy", "choice_accuracy"],
 }
 LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 

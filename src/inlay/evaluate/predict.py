@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from inlay.core.choices import Scores
 from inlay.data.chat import IGNORED
 from inlay.evaluate.metrics import classification, regression
 
@@ -98,18 +99,26 @@ def measure(source: Source, work: Work, split: str, size: int) -> dict[str, floa
 
 
 def language(source: Source, split: str, rows: list[int], size: int) -> dict[str, float]:
-    """Mean loss per answer token, its exponential, and the share of answer tokens guessed from those before."""
+    """Mean loss per answer token, its exponential, and the share of answer tokens guessed from those before.
+
+    Where there are answers to choose from, also the share of rows whose right one has the largest mean log-likelihood.
+    """
     loss = right = tokens = 0.0
+    chosen: list[Tensor] = []
     for start in range(0, len(rows), size):
         batch = source.batch(split, rows[start : start + size])
+        choices = batch.pop("choices", None)
         out, labels = source.forward(batch), batch["labels"][:, 1:]
+        if choices is not None:
+            chosen.append(Scores(out.logits, batch["input_ids"], batch["labels"], choices).chosen())
         counted = labels != IGNORED
         count = float(counted.sum())
         loss += float(out.loss) * count
         right += float(((out.logits[:, :-1].argmax(-1) == labels) & counted).sum())
         tokens += count
     mean = loss / tokens
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": right / tokens}
+    found = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": right / tokens}
+    return found | ({"choice_accuracy": float(torch.cat(chosen).double().mean())} if chosen else {})
 
 
 def elements(batch: dict[str, Tensor], task: str) -> int:

@@ -1,13 +1,23 @@
 """The catalogue: one file per method, one package per site. Importing this package registers all of them."""
 
 from inlay.methods.gradient.galore import GaLore
+from inlay.methods.hidden.adaptformer import AdaptFormer
+from inlay.methods.hidden.compacter import Compacter
+from inlay.methods.hidden.consreft import ConsReFT
 from inlay.methods.hidden.direft import DiReFT
 from inlay.methods.hidden.houlsby import Houlsby
 from inlay.methods.hidden.kronab import KronAB
 from inlay.methods.hidden.linadapter import LinAdapter
+from inlay.methods.hidden.llmparallel import LLMParallel
+from inlay.methods.hidden.llmseries import LLMSeries
+from inlay.methods.hidden.lobireft import LobiReFT
 from inlay.methods.hidden.loreft import LoReFT
+from inlay.methods.hidden.noreft import NoReFT
 from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
+from inlay.methods.hidden.residualparallel import ResidualParallel
+from inlay.methods.hidden.residualseries import ResidualSeries
+from inlay.methods.hidden.sct import SCT
 from inlay.methods.hidden.ssf import SSF
 from inlay.methods.input.visualprompt import VisualPrompt
 from inlay.methods.output.linearprobe import LinearProbe
@@ -17,6 +27,7 @@ from inlay.methods.schedule.dylora import DyLoRA
 from inlay.methods.schedule.ist import IST
 from inlay.methods.schedule.longlora import LongLoRA
 from inlay.methods.schedule.relora import ReLoRA
+from inlay.methods.schedule.tfew import TFew
 from inlay.methods.tokens.cocoop import CoCoOp
 from inlay.methods.tokens.coop import CoOp
 from inlay.methods.tokens.dept import DePT
@@ -59,10 +70,11 @@ from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "PGN", "SSF", "SVFT", "VPT", "AdaLoRA", "BitFit",
-    "CoCoOp", "CoOp", "CorDA", "DePT", "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA",
-    "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB", "LLaMAAdapter", "LinAdapter", "LinearProbe", "LoHa", "LoKr",
-    "LoRA", "LoRAFA", "LoRASB", "LoRAXS", "LoReFT", "LongLoRA", "MaPLe", "NormTuning", "PTuning", "PTuningV2",
-    "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA",
-    "VisualPrompt", "WeightNorm",
+    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "PGN", "SCT", "SSF", "SVFT", "VPT", "AdaLoRA",
+    "AdaptFormer", "BitFit", "CoCoOp", "CoOp", "Compacter", "ConsReFT", "CorDA", "DePT", "DeltaLoRA", "DiReFT",
+    "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB",
+    "LLMParallel", "LLMSeries", "LLaMAAdapter", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
+    "LoRAXS", "LoReFT", "LobiReFT", "LongLoRA", "MaPLe", "NoReFT", "NormTuning", "PTuning", "PTuningV2",
+    "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "ResidualParallel",
+    "ResidualSeries", "RoAd", "TFew", "VBLoRA", "VeRA", "VisualPrompt", "WeightNorm",
 ]  # fmt: skip

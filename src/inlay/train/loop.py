@@ -18,6 +18,7 @@ from inlay.core.calibrate import calibrate
 from inlay.core.checkpoint import TENSORS, load
 from inlay.core.errors import OptionError, near
 from inlay.core.statistics import starts_from_data
+from inlay.data.choices import ChoiceRows
 from inlay.evaluate.metrics import NAMES, PRIMARY, better
 from inlay.evaluate.predict import Source, elements, measure, of_the_right_class, whole
 from inlay.models.loftq import loftq_base
@@ -94,6 +95,8 @@ def train(recipe: Recipe, progress: Progress | None = None, shared: Shared | Non
     progress = progress or Silent()
     work = open_work(recipe, recipe.seed, shared)
     metric = metric_of(recipe, work.task)
+    if metric == "choice_accuracy" and not isinstance(work.rows("train"), ChoiceRows):
+        raise OptionError(f"choice_accuracy is for rows with answers to choose from, {work.data.name} has none")
     folder = Path(recipe.output)
     with owned(folder):
         claim(folder, recipe, work.data.fingerprint)

@@ -1,4 +1,8 @@
-"""What bottleneck adapters share: two small matrices with a non-linearity between, and AdapterDrop."""
+"""What bottleneck adapters share: two small matrices with a non-linearity between, and AdapterDrop.
+
+`Bottleneck` leaves open what the matrices are made of and where f acts. `Dense` has them as they are; `Series` lets f
+act on a module's output, `Parallel` on its input.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +48,7 @@ class Bottleneck(HiddenMethod):
 
     r: int = option(default=64, doc="bottleneck width", low=1)
     activation: Activation = option(default="relu", doc="non-linearity σ")
-    init: Literal["zero", "near", "bert"] = option(
-        default="zero",
-        doc="W_up zero and W_down as nn.Linear: exactly the base at start; near: both N(0, 0.01²) cut at 2σ; "
-        "bert: both N(0, 0.02²)",
-    )
+    bias: bool = option(default=True, doc="train b_down and b_up; otherwise there are none")
     scale: float = option(default=1.0, doc="factor s on what the adapter adds")
     learned: bool = option(default=False, doc="train s, from `scale`")
     dropout: float = option(default=0.0, doc="dropout on what the adapter adds", low=0.0, high=1.0)
@@ -65,6 +65,18 @@ class Bottleneck(HiddenMethod):
     def adapted(self, x: Tensor, y: Tensor) -> Tensor:
         """The module's new output from its input x and its output y."""
 
+    @abstractmethod
+    def plant(self, site: Site, d_in: int, d_out: int) -> None:
+        """Create what the two matrices are made of."""
+
+    @abstractmethod
+    def size(self, site: Site, d_in: int, d_out: int) -> int:
+        """How many trained numbers that are."""
+
+    @abstractmethod
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """W_down (r, d_in) and W_up (d_out, r)."""
+
     # ------------------------------------------------------------------ places and parameters
     def acts_at(self, site: Site) -> bool:
         if (self.drop or self.robust) and site.depth is None:
@@ -73,17 +85,9 @@ class Bottleneck(HiddenMethod):
 
     def build(self, site: Site) -> None:
         d_in, d_out = self.widths(site)
-        down, up = torch.empty(self.r, d_in), torch.zeros(d_out, self.r)
-        if self.init == "zero":
-            down = uniform((self.r, d_in), d_in**-0.5)
-        elif self.init == "near":
-            for w in (down, up):
-                nn.init.trunc_normal_(w, std=0.01, a=-0.02, b=0.02)
-        else:
-            for w in (down, up):
-                w.normal_(std=0.02)
-        self.down, self.down_bias = trained(down, site), trained(torch.zeros(self.r), site)
-        self.up, self.up_bias = trained(up, site), trained(torch.zeros(d_out), site)
+        self.plant(site, d_in, d_out)
+        self.down_bias = trained(torch.zeros(self.r), site) if self.bias else None
+        self.up_bias = trained(torch.zeros(d_out), site) if self.bias else None
         self.gain = trained(torch.ones(d_in), site) if self.normed else None
         self.shift = trained(torch.zeros(d_in), site) if self.normed else None
         self.s = trained(torch.tensor(self.scale), site) if self.learned else None
@@ -92,15 +96,12 @@ class Bottleneck(HiddenMethod):
 
     def count(self, site: Site) -> int:
         d_in, d_out = self.widths(site)
-        return self.r * (d_in + d_out + 1) + d_out + (2 * d_in if self.normed else 0) + self.learned
+        biases = self.r + d_out if self.bias else 0
+        return self.size(site, d_in, d_out) + biases + (2 * d_in if self.normed else 0) + self.learned
 
     def widths(self, site: Site) -> tuple[int, int]:
         """(features f reads, features f writes); SiteError where the module has no such features."""
         return ends(self, site) if self.reads_input else (site.features, site.features)
-
-    @property
-    def starts_at_base(self) -> bool:
-        return self.init == "zero"
 
     # ------------------------------------------------------------------ the forward
     def after(self, x: Tensor, y: Tensor) -> Tensor:
@@ -113,8 +114,9 @@ class Bottleneck(HiddenMethod):
             h = h.movedim(1, -1)
         if self.gain is not None and self.shift is not None:
             h = F.layer_norm(h, self.gain.shape, self.gain.to(h.dtype), self.shift.to(h.dtype))
-        z = ACTIVATIONS[self.activation](F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))
-        out = F.linear(z, self.up.to(h.dtype), self.up_bias.to(h.dtype))
+        down, up = (W.to(h.dtype) for W in self.matrices())
+        b_down, b_up = (b if b is None else b.to(h.dtype) for b in (self.down_bias, self.up_bias))
+        out = F.linear(ACTIVATIONS[self.activation](F.linear(h, down, b_down)), up, b_up)
         if self.s is not None or self.scale != 1.0:
             out = out * (self.scale if self.s is None else self.s.to(h.dtype))
         out = F.dropout(out, self.dropout, self.training)
@@ -128,6 +130,54 @@ class Bottleneck(HiddenMethod):
     def step(self, progress: float, optimizer: Optimizer | None) -> None:
         if self.depth is not None:
             self.depth.next()
+
+
+class Dense(Bottleneck):
+    """W_down and W_up are matrices of their own."""
+
+    init: Literal["zero", "near", "bert"] = option(
+        default="zero",
+        doc="W_up zero and W_down as nn.Linear: exactly the base at start; near: both N(0, 0.01²) cut at 2σ; "
+        "bert: both N(0, 0.02²)",
+    )
+
+    def plant(self, site: Site, d_in: int, d_out: int) -> None:
+        down, up = torch.empty(self.r, d_in), torch.zeros(d_out, self.r)
+        if self.init == "zero":
+            down = uniform((self.r, d_in), d_in**-0.5)
+        elif self.init == "near":
+            for w in (down, up):
+                nn.init.trunc_normal_(w, std=0.01, a=-0.02, b=0.02)
+        else:
+            for w in (down, up):
+                w.normal_(std=0.02)
+        self.down, self.up = trained(down, site), trained(up, site)
+
+    def size(self, site: Site, d_in: int, d_out: int) -> int:
+        return self.r * (d_in + d_out)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return self.down, self.up
+
+    @property
+    def starts_at_base(self) -> bool:
+        return self.init == "zero"
+
+
+class Series(Dense):
+    """y ← y + f(y): after a module."""
+
+    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.f(y)
+
+
+class Parallel(Dense):
+    """y ← y + f(x): beside a module."""
+
+    reads_input: ClassVar[bool] = True
+
+    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.f(x)
 
 
 def leave_out(adapter: Adapter, n: int) -> None:

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from inlay.core.method import option, register
-from inlay.methods.hidden.bottleneck import Activation, Bottleneck
+from inlay.methods.hidden.bottleneck import Activation, Series
 
 
 @register
-class Houlsby(Bottleneck):
+class Houlsby(Series):
     """y ← y + W_up σ(W_down y + b_down) + b_up, after attention and after the feed-forward of every block.
 
     It stands where the sub-layer's output projection ends, before the residual sum and its normalisation. The paper
@@ -21,6 +19,3 @@ class Houlsby(Bottleneck):
     where: ClassVar[tuple[str, ...]] = ("attn.o", "mlp.down")
 
     activation: Activation = option(default="gelu", doc="non-linearity σ")
-
-    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.f(y)

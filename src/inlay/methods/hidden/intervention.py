@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.core.errors import OptionError, SiteError
 from inlay.core.hosts import ConvHost
-from inlay.core.method import HiddenMethod, option
+from inlay.core.method import HiddenMethod, option, uniform
 from inlay.core.positions import Positions, tokens
 from inlay.core.sites import Site
+from inlay.methods.hidden.bottleneck import ACTIVATIONS, Activation
+
+
+class Maps(NamedTuple):
+    """Φ(h) − h = Nᵀ(σ(W h + b) − D h); N, W and D are (sets, r, d), b is (sets, r)."""
+
+    N: Tensor
+    b: Tensor
+    W: Tensor | None = None
+    D: Tensor | None = None
+    sigma: Activation = "identity"
+
+    def change(self, h: Tensor, k: int, acting: Tensor | None) -> Tensor:
+        """Φ(h) − h of the k-th Φ for h (batch, tokens, d); along the directions `acting` (batch, r) alone, if given."""
+        N, b = self.N[k].to(h.dtype), self.b[k].to(h.dtype)
+        W, D = (t if t is None else t[k].to(h.dtype) for t in (self.W, self.D))
+        if self.sigma == "identity" and D is not None:  # one product, and exactly zero where W = D and b = 0
+            W, D = -D if W is None else W - D, None
+        z = b.expand(*h.shape[:-1], -1) if W is None else ACTIVATIONS[self.sigma](F.linear(h, W, b))
+        if D is not None:
+            z = z - F.linear(h, D)
+        return F.linear(z if acting is None else z * acting[:, None].to(z), N.mT)
 
 
 class Intervention(HiddenMethod):
@@ -21,7 +43,9 @@ class Intervention(HiddenMethod):
 
     `layers=[3, 9, 18]` of `inlay.adapt` chooses blocks. Positions count real tokens, so padding on either side changes
     nothing. Only a prompt that is read into an empty key-value cache is edited, never a token that is generated or the
-    answer that training appends (see `inlay.core.positions.marked_prompts` and `prompts`).
+    answer that training appends (see `inlay.core.positions.marked_prompts` and `prompts`). Inside
+    `inlay.core.positions.directions` only some of the r directions act, row by row: several tasks can be learnt in
+    directions of their own, and composed.
     """
 
     learning_rate: ClassVar[float] = 1e-2
@@ -44,16 +68,13 @@ class Intervention(HiddenMethod):
         """Parameters with a leading axis of `self.sets` and W's of shape (sets, r, d)."""
 
     @abstractmethod
-    def maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """M (sets, r, d), b (sets, r) and N (sets, r, d) of Φ(h) − h = Nᵀ(M h + b)."""
+    def maps(self) -> Maps:
+        """What Φ is made of now."""
 
     @property
     def sets(self) -> int:
         """How many Φ there are at a site."""
         return 1 if self.tied else 2
-
-    def count(self, site: Site) -> int:
-        return self.sets * (2 * self.r * self.features(site) + self.r)
 
     def acts_at(self, site: Site) -> bool:
         return not site.name.startswith("decoder.")  # of two towers the encoder reads the prompt
@@ -92,8 +113,63 @@ class Intervention(HiddenMethod):
 
     def change(self, h: Tensor, widths: list[int]) -> Tensor:
         """Φ(h) − h, in the type of h, for runs of positions that belong to one Φ each."""
-        parts = [
-            F.linear(F.linear(part, M, b), N.mT)
-            for part, M, b, N in zip(h.split(widths, 1), *(t.to(h.dtype) for t in self.maps()), strict=True)
-        ]
+        maps, acting = self.maps(), self.acting()
+        parts = [maps.change(part, k, acting) for k, part in enumerate(h.split(widths, 1))]
         return F.dropout(parts[0] if self.tied else torch.cat(parts, 1), self.dropout, self.training).to(h.dtype)
+
+    def acting(self) -> Tensor | None:
+        """Which of the r directions act now on each row (batch, r), see `inlay.core.positions.directions`."""
+        assert self.site.inlay is not None
+        chosen = self.site.inlay.call.directions
+        if chosen is None:
+            return None
+        if chosen.shape[1] > self.r:
+            raise OptionError(f"{self.label()} has directions 0 to {self.r - 1}, asked for is {chosen.shape[1] - 1}")
+        return F.pad(chosen, (0, self.r - chosen.shape[1]))
+
+
+class Rotated(Intervention):
+    """An intervention along r orthonormal directions, the rows of R.
+
+    The trained tensor is A (sets, r, d), and R the orthonormal factor of its LQ decomposition A = L R, so R Rᵀ = I
+    holds whatever the optimizer does and A is stored and loaded like any parameter.
+    """
+
+    def turned(self, site: Site) -> Tensor:
+        """Create A, at R; gives R."""
+        R = orthonormal(torch.randn(self.sets, self.r, self.features(site))).to(site.dtype)
+        self.A = nn.Parameter(R)
+        return orthonormal(R)
+
+    @property
+    def R(self) -> Tensor:
+        """(sets, r, d), orthonormal rows."""
+        return orthonormal(self.A)
+
+
+class Free(Intervention):
+    """An intervention by two matrices W₁ and W₂ (r, d) without constraints."""
+
+    activation: Activation = option(default="identity", doc="non-linearity σ on W₁ h + b")
+    init: Literal["base", "paper"] = option(default="base", doc="base: W₂ = 0; paper: W₁, b and W₂ as nn.Linear")
+
+    def build(self, site: Site) -> None:
+        d = self.features(site)
+        W1, W2 = (uniform((self.sets, self.r, d), d**-0.5) for _ in range(2))
+        b = uniform((self.sets, self.r), d**-0.5)
+        if self.init == "base":
+            W2, b = torch.zeros_like(W2), torch.zeros_like(b)
+        self.W1, self.W2, self.b = (nn.Parameter(t.to(site.dtype)) for t in (W1, W2, b))
+
+    def count(self, site: Site) -> int:
+        return self.sets * (2 * self.r * self.features(site) + self.r)
+
+    @property
+    def starts_at_base(self) -> bool:
+        return self.init == "base"
+
+
+def orthonormal(A: Tensor) -> Tensor:
+    """R of A = L R, L lower triangular with a positive diagonal; R = A where the rows are orthonormal already."""
+    Q, U = torch.linalg.qr(A.mT.to(torch.promote_types(A.dtype, torch.float32)))
+    return (Q * U.diagonal(dim1=-2, dim2=-1).sgn()[..., None, :]).mT.to(A.dtype)

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from inlay.core.method import option, register
-from inlay.methods.hidden.bottleneck import Bottleneck
+from inlay.methods.hidden.bottleneck import Parallel
 
 
 @register
-class ParallelAdapter(Bottleneck):
+class ParallelAdapter(Parallel):
     """y ← y + s (W_up σ(W_down x + b_down) + b_up), x the input and y the output of a sub-layer.
 
     Beside the feed-forward by default, beside attention with `.on("attn")`. The paper's best has r = 512 and s = 4;
@@ -19,9 +17,5 @@ class ParallelAdapter(Bottleneck):
     paper: ClassVar[str] = "He et al. 2021, arXiv 2110.04366"
     where: ClassVar[tuple[str, ...]] = ("mlp",)
     learning_rate: ClassVar[float] = 5e-4
-    reads_input: ClassVar[bool] = True
 
     scale: float = option(default=4.0, doc="factor s on what the adapter adds")
-
-    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.f(x)

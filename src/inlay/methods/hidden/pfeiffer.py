@@ -5,12 +5,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from inlay.core.method import option, register
-from inlay.methods.hidden.bottleneck import Bottleneck
+from inlay.methods.hidden.bottleneck import Dense
 from inlay.methods.weight.bitfit import is_norm
 
 
 @register
-class Pfeiffer(Bottleneck):
+class Pfeiffer(Dense):
     """y ← y + W_up σ(W_down y + b_down) + b_up, after the feed-forward of every block.
 
     At a block's last normalisation (`.on("norm2")` in BERT and RoBERTa, where it follows the residual sum z) it reads
