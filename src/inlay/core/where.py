@@ -147,6 +147,8 @@ class Finder:
         elif isinstance(method, WeightMethod):
             inner = method.everywhere and part.rows is None and part.param == "weight"
             yield from self._operations(part) if inner else self._matrices(part)
+        elif method.answers:
+            yield Site(part.path, self.modules[part.path], part.name, part.depth, param="", key=part.path)
         elif isinstance(method, HiddenMethod):
             yield self._hidden(part)
         else:

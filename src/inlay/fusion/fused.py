@@ -14,7 +14,7 @@ from inlay.fusion.proxy import ProxyTuning
 from inlay.fusion.rule import Pair, Rule
 from inlay.fusion.voice import Acting, Voice
 
-ROWS = 64
+ROWS = 16
 """Rows that a rule sees at once while whole sequences are scored."""
 NEVER = -1e4
 """The logit of a token that an expert does not have, of expert and anti-expert alike."""
@@ -111,20 +111,29 @@ class Fusion:
             )
 
     @torch.no_grad()
-    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """log P̃ of every next token in whole sequences, (batch, tokens, vocabulary), as for perplexities."""
+    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """log P̃ of the token after every place of whole sequences, as for perplexities.
+
+        Args:
+            input_ids, attention_mask: (batch, tokens).
+            at: the places that are wanted (batch, tokens), true = wanted; all of them by default.
+
+        Returns:
+            (batch, tokens, vocabulary), or (wanted places, vocabulary).
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        z = self.base.all(input_ids, mask)
-        if not self.steers:
-            return z.log_softmax(-1)
-        said = {name: voice.all(input_ids, mask).flatten(0, 1) for name, voice in self.voices.items()}
-        done = []
-        for start in range(0, input_ids.numel(), ROWS):
-            part = slice(start, start + ROWS)
-            rows = z.flatten(0, 1)[part]
-            pairs = self.pairs(rows, {name: logits[part] for name, logits in said.items()})
-            done.append(self.rule.combine(rows, pairs, self.alphas)[0])
-        return torch.cat(done).view(z.shape)
+        chosen = torch.ones_like(input_ids, dtype=torch.bool) if at is None else at
+        z = self.base.all(input_ids, mask)[chosen]
+        said = {name: voice.all(input_ids, mask)[chosen] for name, voice in self.voices.items()}
+        if self.steers:
+            parts = []
+            for rows in torch.arange(len(z)).split(ROWS):
+                pairs = self.pairs(z[rows], {name: logits[rows] for name, logits in said.items()})
+                parts.append(self.rule.combine(z[rows], pairs, self.alphas)[0])
+            found = torch.cat(parts) if parts else z
+        else:
+            found = z.log_softmax(-1)
+        return found.view(*input_ids.shape, -1) if at is None else found
 
     def forget(self) -> None:
         """Free the experts' caches; the next call begins anew in any case."""

@@ -10,6 +10,7 @@ from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
 from inlay.methods.hidden.ssf import SSF
 from inlay.methods.output.linearprobe import LinearProbe
+from inlay.methods.output.nearestneighbours import NearestNeighbours
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
 from inlay.methods.schedule.dylora import DyLoRA
@@ -52,6 +53,6 @@ __all__ = [
     "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA",
     "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby",
     "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
-    "LoRAXS", "LoReFT", "LongLoRA", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning",
-    "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "LoRAXS", "LoReFT", "LongLoRA", "NearestNeighbours", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA",
+    "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip
