@@ -23,6 +23,7 @@ from inlay.core.method import (
     method_class,
     method_from,
 )
+from inlay.core.trunks import SideMethod
 from inlay.methods import LoRA
 from laws.benches import Bench, benches
 
@@ -82,6 +83,12 @@ SETTINGS: dict[str, list[str]] = {
     "loreft": ["loreft(r=2, positions='f2+l1')", "loreft(r=2, init='paper', positions='all')"],
     "direft": ["direft(r=2, positions='f2+l1')"],
     "prompttuning": ["prompttuning(tokens=3)"],
+    "sidetuning": [
+        "sidetuning(r=8, heads=2, depth=1)",
+        "sidetuning(r=6, heads=3, blend='linear', alpha=0.6, end=0.5)",
+        "sidetuning(r=4, heads=1, blend='fixed', alpha=0.3)",
+    ],
+    "unipt": ["unipt(factor=2)", "unipt(factor=4, residual=false)"],
     "prefixtuning": ["prefixtuning(tokens=3)", "prefixtuning(tokens=2, reparameterize=true, hidden=6)"],
 }
 """Small settings by method; a method that is not listed runs with its defaults."""
@@ -102,7 +109,11 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
         return bench.tensors or None
     if isinstance(method, WeightMethod):
         return bench.where or None
-    if isinstance(method, HiddenMethod):
+    if isinstance(method, SideMethod):
+        return () if bench.tokens or bench.name == "timm" else None
+    if method.answers:
+        return None  # nothing is trained: tests/papers/test_fitted.py
+    if isinstance(method, HiddenMethod) and method.has_sites:
         return bench.hidden or None
     if isinstance(method, TokenMethod | AttentionMethod):
         return () if bench.tokens else None

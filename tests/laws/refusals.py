@@ -43,6 +43,12 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ("LongLoRA", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
     ("LongLoRA(stretch", {"gpt2-mlp", "gemma"}, "stretches rotary positions, and '.*' has none of a single kind"),
     ("PrefixTuning", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
+    # what would let a token see those after it
+    (
+        "UniPT",
+        {"gpt2-mlp", "gemma", "neox", "falcon", "mixtral", "qwen-moe", "gpt-oss", "llama"},
+        "is for encoders: it mixes all tokens of a sequence, and '.*' ends a decoder",
+    ),
     # a stored number of few bits cannot be trained
     ("GaLore", PACKED, "which is quantised: leave it out with exclude="),
     ("Full", PACKED, "which is quantised: leave it out with exclude="),

@@ -54,6 +54,8 @@ class Call:
     """Real tokens of each row that are its prompt (batch,); None when all are."""
     positions: Tensor | None = None
     """Position ids (batch or 1, tokens), where the call gave some."""
+    cache: Any = None
+    """The key-value cache that was given, while the forward runs and whole batches are computed."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,11 @@ class Inlay(nn.Module):
             tied = next((name for p, _, name in site.ties if p == path), None)
             here = site if tied is None else tied_site(site, path, module, tied)
             mount.levels.setdefault(adapter, []).append(Level(method, here))
-        if site.entry is not None and (site.entry, site.path) not in self.spans:
-            span = Span(self.state)
-            span.handle = model.get_submodule(site.entry).register_forward_pre_hook(span.record, with_kwargs=True)
-            self.spans[site.entry, site.path] = span
+        for entry in (*(() if site.entry is None else (site.entry,)), *site.parts):
+            if (entry, site.path) not in self.spans:
+                span = Span(self.state)
+                span.handle = model.get_submodule(entry).register_forward_pre_hook(span.record, with_kwargs=True)
+                self.spans[entry, site.path] = span
 
     def mount(self, model: nn.Module, path: str, module: nn.Module) -> Mount:
         """The mount of a module, made on first use."""
@@ -370,7 +373,7 @@ class Inlay(nn.Module):
             prompt = marked_prompts(given.get("input_ids"), given.get("labels"), mask)
         else:
             prompt = spread(prompt, len(first(args, kwargs)))
-        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"))
+        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"), past)
         if self.routes is not None:
             self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():
@@ -378,6 +381,7 @@ class Inlay(nn.Module):
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.state.running = False
+        self.state.call.cache = None  # it may be large, and is the caller's
         self.remember(output)
         if self.routes is None or output is None or kwargs.get("encoder_outputs") is not None:
             return  # generating, an encoder has run before this forward

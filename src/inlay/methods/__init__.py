@@ -11,6 +11,8 @@ from inlay.methods.hidden.pfeiffer import Pfeiffer
 from inlay.methods.hidden.ssf import SSF
 from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.output.nearestneighbours import NearestNeighbours
+from inlay.methods.output.sidetuning import SideTuning
+from inlay.methods.output.unipt import UniPT
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
 from inlay.methods.schedule.dylora import DyLoRA
@@ -54,5 +56,5 @@ __all__ = [
     "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby",
     "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
     "LoRAXS", "LoReFT", "LongLoRA", "NearestNeighbours", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA",
-    "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "PrefixTuning", "PromptTuning", "ReLoRA", "RoAd", "SideTuning", "UniPT", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip
