@@ -54,8 +54,10 @@ class LinearProbe(Fitted):
     def solve(self, train: Features, validation: Features, head: list[Level]) -> None:
         values = {level.site.param: level.method for level in head if isinstance(level.site.module, nn.Linear)}
         if len(head) != len(values) or "weight" not in values:
-            kinds = ", ".join(sorted({type(level.site.module).__name__ for level in head})) or "no head"
-            raise SiteError(f"the convex solver fits one linear layer, and the head is {kinds}: use solver='gradient'")
+            kinds = ", ".join(sorted({type(level.site.module).__name__ for level in head})) or "missing"
+            raise SiteError(
+                f"the convex solver fits one linear layer, and here the head is {kinds}: use solver='gradient'"
+            )
         if "bias" not in values:
             raise SiteError("the convex solver fits W and b, and this head has no bias: use solver='gradient'")
         penalties = PENALTIES if self.l2 is None else (self.l2,)

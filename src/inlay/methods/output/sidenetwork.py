@@ -25,6 +25,12 @@ def normed(layer: nn.LayerNorm, h: Tensor) -> Tensor:
     return F.layer_norm(h, layer.normalized_shape, layer.weight.to(h.dtype), layer.bias.to(h.dtype), layer.eps)
 
 
+def typed(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give a module's tensors this type; left alone where they have it, as tensors without storage must be."""
+    if any(p.dtype != dtype for p in module.parameters()):
+        module.to(dtype)
+
+
 # ---------------------------------------------------------------------- sequences
 class SideLayer(nn.Module):
     """h ← h + attention(LN h);  h ← h + W₂ gelu(W₁ LN h)."""

@@ -10,7 +10,7 @@ from inlay.core.errors import AdapterError, OptionError
 from inlay.core.method import option, register
 from inlay.core.sites import Site
 from inlay.core.trunks import SideMethod
-from inlay.methods.output.sidenetwork import MapNetwork, SequenceNetwork, map_count, sequence_count
+from inlay.methods.output.sidenetwork import MapNetwork, SequenceNetwork, map_count, sequence_count, typed
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -64,7 +64,7 @@ class SideTuning(SideMethod):
             self.side = MapNetwork(trunk.width_in, trunk.width, self.r, self.depth)
         else:
             self.side = SequenceNetwork(trunk.width_in, trunk.width, self.r, self.depth, self.heads, trunk.causal)
-        self.side.to(site.dtype)
+        typed(self.side, site.dtype)
         if self.blend == "learned":
             self.a = nn.Parameter(torch.tensor(math.log(self.alpha / (1 - self.alpha)), dtype=site.dtype))
         elif self.blend != "fixed":

@@ -10,7 +10,7 @@ from inlay.core.errors import SiteError
 from inlay.core.method import option, register
 from inlay.core.sites import Site
 from inlay.core.trunks import SideMethod
-from inlay.methods.output.sidenetwork import linear, normed
+from inlay.methods.output.sidenetwork import linear, normed, typed
 
 TINY = 1e-8
 
@@ -28,7 +28,7 @@ class UniPT(SideMethod):
 
     paper: ClassVar[str] = "Diao et al. 2023, arXiv 2308.14316"
     reads_blocks: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-3
 
     factor: int = option(default=4, doc="D: parallel layers have d/D features", low=1)
     residual: bool = option(default=True, doc="add to the encoder's output rather than replace it")
@@ -58,7 +58,7 @@ class UniPT(SideMethod):
         if self.residual:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
-        self.to(site.dtype)
+        typed(self, site.dtype)
 
     def count(self, site: Site) -> int:
         d, r = site.features, self.width(site)
