@@ -57,7 +57,8 @@ class Plan:
     length: int
     """Tokens per row; for images their side in pixels."""
     peak_training_bytes: int | None
-    """Weights, trained tensors, gradients, AdamW state and activations at the worst moment of a step."""
+    """Weights, trained tensors, gradients, AdamW state and activations at the worst moment of a step, or of a forward
+    pass where nothing is trained by steps."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -175,6 +176,8 @@ def step_bytes(adapter: Adapter, config: Any, task: str, batch: int, length: int
     model = adapter.model
     if checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
+    if not any(True for _ in adapter.parameters()):  # fitted to features, not trained
+        return forward_bytes(model, example(config, task, batch, length))
     optimizer = adapter_optimizer(adapter)
     for p in adapter.parameters():  # its state is there from the second step on
         p.grad = torch.zeros_like(p)
@@ -195,6 +198,16 @@ def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs).loss
     labels = inputs.pop("labels")
     return of_the_right_class(model(**inputs), {"labels": labels})
+
+
+def forward_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Largest number of live bytes during one forward pass without a graph."""
+    from inlay.train.measure import Watch, resident, storages
+
+    live = Watch(storages([*model.parameters(), *model.buffers()]))
+    with live, torch.no_grad():
+        model(**inputs)
+    return resident(model) + live.peak
 
 
 def example(config: Any, task: str, batch: int, length: int) -> dict[str, Tensor]:

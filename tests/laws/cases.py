@@ -25,6 +25,7 @@ from inlay.core.method import (
     method_class,
     method_from,
 )
+from inlay.core.trunks import SideMethod
 from inlay.methods import LoRA
 from laws.benches import Bench, benches
 
@@ -114,6 +115,12 @@ SETTINGS: dict[str, list[str]] = {
     "ptuningv2": ["ptuningv2(tokens=3)", "ptuningv2(tokens=2, reparameterize=true, hidden=6)"],
     "dept": ["dept(tokens=2, r=3, length=9)"],
     "llamaadapter": ["llamaadapter(tokens=3)", "llamaadapter(tokens=2, layers=1, gate='plain')"],
+    "sidetuning": [
+        "sidetuning(r=8, heads=2, depth=1)",
+        "sidetuning(r=6, heads=3, blend='linear', alpha=0.6, end=0.5)",
+        "sidetuning(r=4, heads=1, blend='fixed', alpha=0.3)",
+    ],
+    "unipt": ["unipt(factor=2)", "unipt(factor=4, residual=false)"],
     "prefixtuning": ["prefixtuning(tokens=3)", "prefixtuning(tokens=2, reparameterize=true, hidden=6)"],
 }
 """Small settings by method; a method that is not listed runs with its defaults."""
@@ -138,7 +145,11 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
         return bench.where or None
     if isinstance(method, PixelMethod):
         return () if bench.name == "vit" else None
-    if isinstance(method, HiddenMethod):
+    if isinstance(method, SideMethod):
+        return () if bench.tokens or bench.name == "timm" else None
+    if method.answers:
+        return None  # nothing is trained: tests/papers/test_fitted.py
+    if isinstance(method, HiddenMethod) and method.has_sites:
         return bench.hidden or None
     if isinstance(method, TokenMethod | AttentionMethod):
         return () if bench.tokens else None

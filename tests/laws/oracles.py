@@ -462,5 +462,7 @@ ELSEWHERE = {
     "linearprobe": "has no equation but the head's", "bitfit": "copies", "full": "copies",
     "normtuning": "copies", "galore": "copies; its optimizer: tests/papers/test_galore.py",
     "ist": "tests/papers/test_ist.py", "tfew": "tests/papers/test_tfew.py",
+    "sidetuning": "tests/papers/test_side.py", "unipt": "tests/papers/test_side.py",
+    "nearestneighbours": "tests/papers/test_fitted.py",
 }  # fmt: skip
 """Where the other methods' equations are checked."""

@@ -61,6 +61,12 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ),
     ("LLaMAAdapter", {"bert", "classifier", "vit"}, "is for decoders that stand alone: .* has no causal attention"),
     ("LLaMAAdapter", {"gpt-oss"}, "plain causal attention, but GptOssAttention also has s_aux"),
+    # what would let a token see those after it
+    (
+        "UniPT",
+        {"gpt2-mlp", "gemma", "neox", "falcon", "mixtral", "qwen-moe", "gpt-oss", "llama"},
+        "is for encoders: it mixes all tokens of a sequence, and '.*' ends a decoder",
+    ),
     # a stored number of few bits cannot be trained
     ("GaLore", PACKED, "which is quantised: leave it out with exclude="),
     ("Full", PACKED, "which is quantised: leave it out with exclude="),

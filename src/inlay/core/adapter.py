@@ -77,18 +77,25 @@ def adapt(
             if p.where:
                 raise OptionError(f"{p.method.label()} governs the methods beside it and has no places of its own")
             continue
-        if p.method.has_sites:
+        if p.method.answers and heads:
+            plans.append((p, Finder(model).sites(p.method, at_heads(heads), dtype)))
+        elif p.method.has_sites:
             plans.append((p, finder.sites(p.method, p.where or patterns or p.method.where or ("",), dtype)))
         elif not heads:
             raise SiteError(
                 f"{p.method.label()} trains the task head alone, but no head was found: name it, head=['…']"
             )
-    if heads:
-        plans.append((Placement(Head()), Finder(model).sites(Head(), [f"re:{re.escape(h)}" for h in heads], dtype)))
+    if heads and not any(p.method.answers for p, _ in plans):
+        plans.append((Placement(Head()), Finder(model).sites(Head(), at_heads(heads), dtype)))
     check_name(model._modules.get("inlay"), name)
     with undone_on_error(model, name):
         build(model, container(model), name, plans, overrides or {}, seed, companions)
     return Adapter(model, name, placements, heads, dtype, list(patterns or ()), overrides or {}, seed)
+
+
+def at_heads(paths: Sequence[str]) -> list[Pattern]:
+    """Patterns of exactly these modules."""
+    return [f"re:{re.escape(path)}" for path in paths]
 
 
 def model_is(model: object) -> None:

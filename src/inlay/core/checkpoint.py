@@ -36,6 +36,7 @@ from inlay.core.rows import Rows
 from inlay.core.sharded import gathered, whole
 from inlay.core.sites import Site
 from inlay.core.towers import tower_of
+from inlay.core.trunks import trunk_of
 from inlay.core.where import site_host
 
 FORMAT = "inlay/1"
@@ -160,7 +161,7 @@ def describe_site(site: Site) -> dict[str, Any]:
         "ties": [[path, name] for path, _, name in site.ties],
         "shape": stored_shape(site.module, site.param),
         "tower": None if site.tower is None else site.tower.label, "parts": site.parts,
-        "pixels": site.pixels,
+        "pixels": site.pixels, "trunk": None if site.trunk is None else site.trunk.label,
     }  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def fingerprint(sites: list[Site]) -> str:
 
 
 def identifying(site: Site) -> Iterator[tuple[str, str, Tensor]]:
-    """(path, name, tensor) of what a site adapts: its tensor, or of a tower the embeddings and attentions."""
+    """(path, name, tensor) of what a site adapts: its tensor, a tower's embeddings and attentions, a trunk's blocks."""
     p = site.module._parameters.get(site.param)
     if site.packed:
         yield site.path, site.param, site.weight if isinstance(site.host, QuantisedHost) else dense(site.module)
@@ -204,6 +205,9 @@ def identifying(site: Site) -> Iterator[tuple[str, str, Tensor]]:
             yield from ((spot.path, name, p) for name, p in spot.module.named_parameters())
     elif site.pixels is not None:
         yield from held_weight(site.path, first_convolution(site.module))
+    elif site.trunk is not None:
+        for path, block in zip(site.trunk.blocks, site.trunk.stack, strict=True):
+            yield from ((path, name, p) for name, p in block.named_parameters())
 
 
 def held_weight(path: str, module: nn.Module | None) -> Iterator[tuple[str, str, Tensor]]:
@@ -384,4 +388,5 @@ def site_from(model: nn.Module, record: dict[str, Any], folder: Path) -> Site:
         record["entry"], record["width"], key=record["key"], ties=ties,
         tower=None if record["tower"] is None else tower_of(model, record["tower"], path), parts=record["parts"],
         pixels=tuple(record["pixels"]) if record.get("pixels") else None,
+        trunk=None if record.get("trunk") is None else trunk_of(model, record["trunk"]),
     )  # fmt: skip

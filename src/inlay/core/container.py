@@ -67,6 +67,8 @@ class Call:
     """Which directions of an intervention act on each row (batch, most); None: all."""
     choices: Tensor | None = None
     """Which tokens are answers to which question, see `inlay.core.choices`; taken out of the model's arguments."""
+    cache: Any = None
+    """The key-value cache that was given, while the forward runs and whole batches are computed."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Inlay(nn.Module):
         if rows is None:
             return call
         mask, prompt, chosen = (t if t is None else t[rows] for t in (call.mask, call.prompt, call.directions))
-        return replace(call, mask=mask, prompt=prompt, directions=chosen, choices=None)
+        return replace(call, mask=mask, prompt=prompt, directions=chosen, choices=None, cache=None)
 
     @property
     def device(self) -> torch.device:
@@ -212,10 +214,11 @@ class Inlay(nn.Module):
             tied = next((name for p, _, name in site.ties if p == path), None)
             here = site if tied is None else tied_site(site, path, module, tied)
             mount.levels.setdefault(adapter, []).append(Level(method, here))
-        if site.entry is not None and (site.entry, site.path) not in self.spans:
-            span = Span(self.state)
-            span.handle = model.get_submodule(site.entry).register_forward_pre_hook(span.record, with_kwargs=True)
-            self.spans[site.entry, site.path] = span
+        for entry in (*(() if site.entry is None else (site.entry,)), *site.parts):
+            if (entry, site.path) not in self.spans:
+                span = Span(self.state)
+                span.handle = model.get_submodule(entry).register_forward_pre_hook(span.record, with_kwargs=True)
+                self.spans[entry, site.path] = span
 
     def mount(self, model: nn.Module, path: str, module: nn.Module) -> Mount:
         """The mount of a module, made on first use."""
@@ -402,7 +405,9 @@ class Inlay(nn.Module):
             chosen = spread(chosen, len(x), "rows of directions").to(x.device)
         mine = "choices" in kwargs and "choices" not in self.state.arguments
         choices = kwargs["choices"] if mine else None
-        self.state.call = Call(mask, int(length), prompt, given.get("position_ids"), directions=chosen, choices=choices)
+        self.state.call = Call(
+            mask, int(length), prompt, given.get("position_ids"), directions=chosen, choices=choices, cache=past
+        )
         if self.routes is not None:
             texts, images = given.get("input_ids"), given.get("pixel_values")
             if is_dual(module) and texts is not None and images is not None and len(texts) != len(images):
@@ -417,6 +422,7 @@ class Inlay(nn.Module):
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         self.state.running = False
+        self.state.call.cache = None  # it may be large, and is the caller's
         output = self.with_added(args, kwargs, output)
         self.remember(output)
         self.check_served(kwargs, output)

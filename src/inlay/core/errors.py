@@ -42,6 +42,10 @@ class CalibrationError(InlayError, ValueError):
     """Batches from which a method cannot start: none, too few, without labels, or with numbers that are not finite."""
 
 
+class FusionError(InlayError, ValueError):
+    """Models whose logits cannot be fused: other vocabularies, no decoders, padding that cannot be told."""
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x' or 'y'?` for the nearest known names, else an empty string."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

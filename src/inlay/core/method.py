@@ -60,6 +60,8 @@ class Method(nn.Module, ABC):
     acts_on_bias: ClassVar[bool] = False
     has_sites: ClassVar[bool] = True
     """False for a method that is nothing but the task head beside it."""
+    answers: ClassVar[bool] = False
+    """Whether it sits at the task head and answers in its stead, so that no head is trained beside it."""
     shares: ClassVar[bool] = False
     """Whether its places train a tensor together."""
     of_a_run: ClassVar[tuple[str, ...]] = ()

@@ -84,6 +84,7 @@ class Mount:
         if not levels:
             return
         self.entries = {level.site.entry for level in levels if level.site.entry is not None}
+        self.entries |= {path for level in levels for path in level.site.parts}
         names = {level.site.param for level in levels if not isinstance(level.method, HiddenMethod)}
         names |= {level.site.bias_name for level in levels if level.method.acts_on_bias}
         names = {name for name in names if self.module._parameters.get(name) is not None}

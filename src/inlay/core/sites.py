@@ -25,6 +25,7 @@ from inlay.core.rows import Rows
 if TYPE_CHECKING:
     from inlay.core.container import Inlay
     from inlay.core.towers import Tower
+    from inlay.core.trunks import Trunk
 
 
 @dataclass(eq=False)
@@ -57,8 +58,10 @@ class Site:
     """All sites the same specification is attached to, this one included."""
     tower: Tower | None = None
     """The tower of a site on the token sequence, see `inlay.core.towers`."""
+    trunk: Trunk | None = None
+    """The stack of blocks beside which a method stands, see `inlay.core.trunks`."""
     parts: list[str] = field(default_factory=list)
-    """Paths of the attentions such a site takes in, for a prefix."""
+    """Paths of the attentions that a site of a tower takes in, or of the blocks that are read beside a trunk."""
     pixels: tuple[int, int, int] | None = None
     """(channels, height, width) of the images, where they enter."""
     inlay: Inlay | None = None

@@ -29,6 +29,7 @@ from inlay.core.quantised import is_quantised
 from inlay.core.rows import Rows, rows_of
 from inlay.core.sites import Site
 from inlay.core.towers import token_sites
+from inlay.core.trunks import SideMethod, trunk_sites, trunks
 
 if TYPE_CHECKING:
     from torch import dtype as Dtype
@@ -134,6 +135,8 @@ class Finder:
             return image_sites(self, method, tuple(patterns), dtype)
         if isinstance(method, TokenMethod | AttentionMethod):
             return token_sites(self, method, tuple(patterns), dtype)
+        if isinstance(method, SideMethod):
+            return trunk_sites(self, method, tuple(patterns), dtype)
         chosen: dict[str, Site] = {}
         excluded = {(p.path, p.param, p.rows) for e in self.exclude for p in self.parts(e)}
         for pattern in patterns:
@@ -164,6 +167,9 @@ class Finder:
         elif isinstance(method, WeightMethod):
             inner = method.everywhere and part.rows is None and part.param == "weight"
             yield from self._operations(part) if inner else self._matrices(part)
+        elif method.answers:
+            below = next(iter(trunks(self.model, self.anatomy)), None)  # what makes the features
+            yield Site(part.path, self.modules[part.path], part.name, param="", key=part.path, trunk=below)
         elif isinstance(method, HiddenMethod):
             yield self._hidden(part)
         else:

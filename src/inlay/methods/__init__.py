@@ -21,6 +21,9 @@ from inlay.methods.hidden.sct import SCT
 from inlay.methods.hidden.ssf import SSF
 from inlay.methods.input.visualprompt import VisualPrompt
 from inlay.methods.output.linearprobe import LinearProbe
+from inlay.methods.output.nearestneighbours import NearestNeighbours
+from inlay.methods.output.sidetuning import SideTuning
+from inlay.methods.output.unipt import UniPT
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
 from inlay.methods.schedule.dylora import DyLoRA
@@ -74,7 +77,7 @@ __all__ = [
     "AdaptFormer", "BitFit", "CoCoOp", "CoOp", "Compacter", "ConsReFT", "CorDA", "DePT", "DeltaLoRA", "DiReFT",
     "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB",
     "LLMParallel", "LLMSeries", "LLaMAAdapter", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
-    "LoRAXS", "LoReFT", "LobiReFT", "LongLoRA", "MaPLe", "NoReFT", "NormTuning", "PTuning", "PTuningV2",
-    "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "ResidualParallel",
-    "ResidualSeries", "RoAd", "TFew", "VBLoRA", "VeRA", "VisualPrompt", "WeightNorm",
+    "LoRAXS", "LoReFT", "LobiReFT", "LongLoRA", "MaPLe", "NearestNeighbours", "NoReFT", "NormTuning", "PTuning",
+    "PTuningV2", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "ResidualParallel",
+    "ResidualSeries", "RoAd", "SideTuning", "TFew", "UniPT", "VBLoRA", "VeRA", "VisualPrompt", "WeightNorm",
 ]  # fmt: skip

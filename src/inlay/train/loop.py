@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from inlay.data.choices import ChoiceRows
 from inlay.evaluate.metrics import NAMES, PRIMARY, better
 from inlay.evaluate.predict import Source, elements, measure, of_the_right_class, whole
 from inlay.models.loftq import loftq_base
-from inlay.recipe import Recipe, as_dict
+from inlay.recipe import Recipe
+from inlay.train.about import about
+from inlay.train.fitting import Fit, solved
 from inlay.train.frozen import source_for
 from inlay.train.groups import factor, optimiser, set_rate
 from inlay.train.measure import step_memory
@@ -111,6 +113,10 @@ def train(recipe: Recipe, progress: Progress | None = None, shared: Shared | Non
         adapter = work.attach(recipe)
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                if solved(recipe):
+                    fit = Fit(recipe, work, adapter, progress)
+                    fit.go()
+                    return Trained(adapter=adapter, folder=folder, **fit.finish())
                 run = Run(recipe, work, adapter, metric, progress)
                 run.go()
                 return run.finish()
@@ -304,20 +310,3 @@ class Run:
         found = step_memory(forward, self.model, batch, self.optimizer)
         load_into(self.own, before)  # methods that count what they see start afresh
         return found
-
-
-def about(recipe: Recipe, work: Work, metrics: dict[str, float], validation: dict[str, float]) -> dict[str, Any]:
-    """What a saved adapter says about its training: enough to evaluate and to use it without the recipe."""
-    prepared = work.prepared
-    return {
-        "model": recipe.model,
-        "task": work.task,
-        "labels": work.data.labels,
-        "template": prepared.template,
-        "max_length": prepared.max_length,
-        "image_size": recipe.image_size,
-        "metrics": {"test": metrics, "validation": validation},
-        "data": {"name": work.data.name, "fingerprint": work.data.fingerprint},
-        "recipe": as_dict(replace(recipe, output=Path(recipe.output).name)),
-        "note": work.opened.note,
-    }
