@@ -42,6 +42,25 @@ class Span:
         return self.value if rows is self.rows else self.value[rows]
 
 
+@dataclass(eq=False)
+class Ear:
+    """The output of one module, from the moment it is there until the method that hears it is through."""
+
+    state: State
+    value: Tensor | None = None
+    rows: Tensor | None = None
+
+    def give(self, y: Tensor) -> None:
+        self.value, self.rows = y, self.state.rows
+
+    def take(self) -> Tensor:
+        """The output, for the rows that are being computed now."""
+        if self.value is None:
+            raise AdapterError("a method asked for the output of a module that has not run before it in this forward")
+        rows = self.state.rows
+        return self.value if rows is self.rows else self.value[rows]
+
+
 @dataclass
 class Call:
     """What the running forward of the whole model was called with, for methods that select positions."""
@@ -88,6 +107,8 @@ class State:
     """What governs the training of an adapter's methods, by the adapter's name."""
     spans: dict[tuple[str, str], Span] = field(default_factory=dict)
     """Where the input of a site enters, by (entry, path)."""
+    ears: dict[tuple[str, str], Ear] = field(default_factory=dict)
+    """What methods hear of other modules, by (that module's path, path of the method's site)."""
     call: Call = field(default_factory=Call)
     rows: Tensor | None = None
     aside: Acting | None = None
@@ -152,6 +173,10 @@ class Inlay(nn.Module):
         return self.state.spans
 
     @property
+    def ears(self) -> dict[tuple[str, str], Ear]:
+        return self.state.ears
+
+    @property
     def call(self) -> Call:
         """The running forward's mask and cache length, narrowed to the rows being computed."""
         call, rows = self.state.call, self.state.rows
@@ -201,6 +226,10 @@ class Inlay(nn.Module):
             span = Span(self.state)
             span.handle = model.get_submodule(site.entry).register_forward_pre_hook(span.record, with_kwargs=True)
             self.spans[site.entry, site.path] = span
+        for source in site.hears.values():
+            if (source.path, site.path) not in self.ears:
+                self.ears[source.path, site.path] = ear = Ear(self.state)
+                self.mount(model, source.path, source.module).ears.append(ear)
 
     def mount(self, model: nn.Module, path: str, module: nn.Module) -> Mount:
         """The mount of a module, made on first use."""
@@ -241,8 +270,11 @@ class Inlay(nn.Module):
         """Forget one adapter."""
         for mount in self.everything:
             mount.levels.pop(adapter, None)
+        asked = {(source, path) for path, mount in self.state.mounts.items() for source in mount.sources()}
+        for source, path in [key for key in self.ears if key not in asked]:
+            self.state.mounts[source].ears.remove(self.ears.pop((source, path)))
         self.refresh()
-        self.state.mounts = {path: m for path, m in self.state.mounts.items() if m.levels}
+        self.state.mounts = {path: m for path, m in self.state.mounts.items() if m.levels or m.ears}
         self.state.tokens = {path: m for path, m in self.state.tokens.items() if m.levels}
         needed = {(entry, path) for path, mount in self.state.mounts.items() for entry in mount.entries}
         for span in [span for span in self.spans if span not in needed]:
@@ -347,6 +379,7 @@ class Inlay(nn.Module):
         if self.state.aside is not None:
             self.let_act(self.state.aside)
             self.state.aside = None
+            self.forget()
 
     def let_act(self, what: Acting) -> None:
         state = self.state
@@ -357,6 +390,7 @@ class Inlay(nn.Module):
         if self.state.running:  # the last forward was interrupted (Ctrl-C): no hook ran after it
             for mount in self.state.mounts.values():
                 mount.frames.clear()
+            self.forget()
         self.state.running = True
         if not torch.compiler.is_compiling():
             if torch._C._current_graph_task_id() == -1:
@@ -376,8 +410,22 @@ class Inlay(nn.Module):
             for mount in self.state.mounts.values():
                 mount.served = False
 
+    def forget(self) -> None:
+        """Let go of what was heard and not asked for: the modules between did not run to their end."""
+        for ear in self.ears.values():
+            ear.value = None
+
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.state.running = False
+        unasked = [path for (_, path), ear in self.ears.items() if ear.value is not None]
+        self.forget()
+        acting = {*self.active} if self.routes is None else {*self.routes}
+        for path in unasked:
+            if output is not None and acting & set(self.state.mounts[path].levels):
+                raise AdapterError(
+                    f"'{path}' was not called in this forward: other code (a fused kernel) read its tensors, past the "
+                    "method there. Switch the kernel off (mamba_ssm's is not used with a cache, nor in eval mode)"
+                )
         self.remember(output)
         if self.routes is None or output is None or kwargs.get("encoder_outputs") is not None:
             return  # generating, an encoder has run before this forward

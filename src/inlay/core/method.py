@@ -93,6 +93,11 @@ class Method(nn.Module, ABC):
         """Methods that belong to this one at places of their own, attached and saved with it; none by default."""
         return ()
 
+    def hears(self) -> tuple[str, ...]:
+        """Places whose outputs it reads in the running forward, with `site.heard`: of its site's block (`mixer.z`), or
+        by any pattern where the site is in none (`block[:]`); they have run before its own module does."""
+        return ()
+
     def acts_at(self, site: Site) -> bool:
         """Whether the method takes this place, of those that `where` names (AdapterDrop leaves out low blocks)."""
         return True
