@@ -118,6 +118,15 @@ def loraxs(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return W + g.options["alpha"] / g.options["r"] * U @ flip @ g["R"] @ S.diag() @ flip @ Vh, b
 
 
+def sdt(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """One number after the other: log A (d_inner, N) by channel and state, W_B and W_C (N, d_inner) by state."""
+    new = W.clone()
+    for k, channel in enumerate(g["channels"].long().tolist()):
+        for j, state in enumerate(g["numbers"][k].long().tolist()):
+            new[(channel, state) if W.shape[0] > W.shape[1] else (state, channel)] += g["value"][k, j]
+    return new, b
+
+
 def eva(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     """W + (α/r) B A, whatever rank A has here."""
     return W + g.options["alpha"] / g.options["r"] * torch.einsum("or,ri->oi", g["B"], g["A"]), b
@@ -369,7 +378,7 @@ def glora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
 
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
     "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "lorafa": lorafa, "loha": loha, "lokr": lokr, "krona": krona,
-    "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "diablo": diablo,
+    "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "sdt": sdt, "diablo": diablo,
     "kradapter": kradapter, "eva": eva, "corda": corda, "lorasb": lorasb,
     "dylora": dylora, "adalora": adalora, "deltalora": deltalora, "relora": relora,
     "ssf": ssf, "weightnorm": weightnorm, "oft": oft, "boft": boft, "road": road,
@@ -414,6 +423,6 @@ ELSEWHERE = {
     "prompttuning": "tests/tokens/test_prompt.py", "prefixtuning": "tests/tokens/test_prefix.py",
     "linearprobe": "has no equation but the head's", "bitfit": "copies", "full": "copies",
     "normtuning": "copies", "galore": "copies; its optimizer: tests/papers/test_galore.py",
-    "ist": "tests/papers/test_ist.py",
+    "ist": "tests/papers/test_ist.py", "stateoffset": "tests/papers/test_statespace.py",
 }  # fmt: skip
 """Where the other methods' equations are checked."""

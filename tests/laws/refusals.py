@@ -43,6 +43,9 @@ REFUSALS: list[tuple[str, set[str], str]] = [
     ("LongLoRA", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
     ("LongLoRA(stretch", {"gpt2-mlp", "gemma"}, "stretches rotary positions, and '.*' has none of a single kind"),
     ("PrefixTuning", {"falcon"}, "finds no attention .* that goes through transformers' attention interface"),
+    # another kind of network
+    ("SDT", {"llama"}, "is for the architecture 'mamba', and this LlamaForCausalLM is none"),
+    ("StateOffset", {"llama"}, "is for the architecture 'mamba', and this LlamaForCausalLM is none"),
     # a stored number of few bits cannot be trained
     ("GaLore", PACKED, "which is quantised: leave it out with exclude="),
     ("Full", PACKED, "which is quantised: leave it out with exclude="),

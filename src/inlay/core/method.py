@@ -47,6 +47,8 @@ class Method(nn.Module, ABC):
     where: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[str] = ""
     """The kind of quantised base without which there is nothing to train, as in `quantize: int4`; empty: any base."""
+    architecture: ClassVar[str] = ""
+    """The architecture (a configuration's `model_type`) without which there is nothing to act on; empty: any."""
     learning_rate: ClassVar[float] = 1e-3
     """A rate (AdamW, batch 32, a base of some 10⁷ to 10⁸ parameters) at which defaults learn; the user's rate wins."""
 

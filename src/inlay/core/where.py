@@ -117,6 +117,11 @@ class Finder:
         """The sites of a method, in model order, each place once."""
         if isinstance(method, TokenMethod | AttentionMethod):
             return token_sites(self, method, tuple(patterns), dtype)
+        if method.architecture not in ("", self.anatomy.architecture):
+            raise SiteError(
+                f"{method.label()} is for the architecture '{method.architecture}', and this "
+                f"{type(self.model).__name__} is none"
+            )
         chosen: dict[str, Site] = {}
         excluded = {(p.path, p.param, p.rows) for e in self.exclude for p in self.parts(e)}
         for pattern in patterns:

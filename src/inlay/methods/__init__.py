@@ -9,6 +9,7 @@ from inlay.methods.hidden.loreft import LoReFT
 from inlay.methods.hidden.paralleladapter import ParallelAdapter
 from inlay.methods.hidden.pfeiffer import Pfeiffer
 from inlay.methods.hidden.ssf import SSF
+from inlay.methods.hidden.stateoffset import StateOffset
 from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.schedule.adalora import AdaLoRA
 from inlay.methods.schedule.deltalora import DeltaLoRA
@@ -43,15 +44,16 @@ from inlay.methods.weight.oft import OFT
 from inlay.methods.weight.peqa import PEQA
 from inlay.methods.weight.pissa import PiSSA
 from inlay.methods.weight.road import RoAd
+from inlay.methods.weight.sdt import SDT
 from inlay.methods.weight.svft import SVFT
 from inlay.methods.weight.vblora import VBLoRA
 from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA",
+    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "SDT", "SSF", "SVFT", "AdaLoRA", "BitFit", "CorDA",
     "DeltaLoRA", "DiReFT", "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby",
     "KRAdapter", "KronA", "KronAB", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
     "LoRAXS", "LoReFT", "LongLoRA", "NormTuning", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning",
-    "PromptTuning", "ReLoRA", "RoAd", "VBLoRA", "VeRA", "WeightNorm",
+    "PromptTuning", "ReLoRA", "RoAd", "StateOffset", "VBLoRA", "VeRA", "WeightNorm",
 ]  # fmt: skip
