@@ -72,7 +72,12 @@ def measured(text: str) -> dict[str, Cell]:
 
 
 def concerns(method: Method, place: Place) -> bool:
-    """Whether asking makes sense: methods on tokens and attentions name their own places, a head alone has none."""
+    """Whether asking makes sense: methods on tokens and attentions name their own places, a head alone has none.
+
+    A method for one architecture has its places there alone.
+    """
+    if method.architecture or place.name == "mamba":
+        return method.architecture == place.name
     return method.has_sites and isinstance(method, TokenMethod | AttentionMethod) == (place.where is None)
 
 

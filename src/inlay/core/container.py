@@ -24,41 +24,32 @@ from inlay.core.tokens import Entry, TokenMount
 
 
 @dataclass(eq=False)
-class Span:
-    """Where a site's input enters, when that is another module than the one it leaves."""
+class Ear:
+    """A tensor that passed one module, from then until the method at another module that asks for it is through."""
 
     state: State
     value: Tensor | None = None
     rows: Tensor | None = None
-    handle: Any = None
 
-    def record(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.value, self.rows = first(args, kwargs), self.state.rows
+    def give(self, t: Tensor) -> None:
+        self.value, self.rows = t, self.state.rows
 
     def input(self) -> Tensor:
-        """What entered, for the rows that are being computed now."""
-        assert self.value is not None
+        """The tensor, for the rows that are being computed now."""
+        if self.value is None:
+            raise AdapterError("a method asked for what passed a module that has not run before it in this forward")
         rows = self.state.rows
         return self.value if rows is self.rows else self.value[rows]
 
 
 @dataclass(eq=False)
-class Ear:
-    """The output of one module, from the moment it is there until the method that hears it is through."""
+class Span(Ear):
+    """Where a site's input enters, when that is another module than the one it leaves."""
 
-    state: State
-    value: Tensor | None = None
-    rows: Tensor | None = None
+    handle: Any = None
 
-    def give(self, y: Tensor) -> None:
-        self.value, self.rows = y, self.state.rows
-
-    def take(self) -> Tensor:
-        """The output, for the rows that are being computed now."""
-        if self.value is None:
-            raise AdapterError("a method asked for the output of a module that has not run before it in this forward")
-        rows = self.state.rows
-        return self.value if rows is self.rows else self.value[rows]
+    def record(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.give(first(args, kwargs))
 
 
 @dataclass

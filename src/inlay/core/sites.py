@@ -229,7 +229,7 @@ class Site:
         """What a place that the method `hears` has put out in the running forward, for the rows being computed."""
         assert self.inlay is not None
         source = self.hears[name]
-        y = self.inlay.ears[source.path, self.path].take()
+        y = self.inlay.ears[source.path, self.path].input()
         return y if source.rows is None else source.rows.take(y, -1)
 
     # ------------------------------------------------------------------ shared
