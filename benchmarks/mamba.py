@@ -182,7 +182,7 @@ def choice(steps: int = 60, batches: int = 8) -> None:
     data = inlay.data.load(str(RUN / "plays"), task="causal-lm")
     opened = inlay.models.open(RUN / "model", "causal-lm")
     prepared = inlay.data.prepare(data, opened.processor, max_length=64)
-    order = torch.randperm(len(prepared.splits["train"]), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    order = torch.randperm(len(prepared.splits["train"]), generator=torch.Generator().manual_seed(0))
     fed = [prepared.collate([prepared.splits["train"][int(i)] for i in part]) for part in order.split(8)]
     model: Any = opened.model
     chosen = {}
@@ -204,8 +204,8 @@ def choice(steps: int = 60, batches: int = 8) -> None:
     warm = scores([change.detach() for change in changes])
     inlay.detach(model)
     lines = ["# What SDT chooses, from gradients and from a warm-up", "",
-             f"Channels of the small Mamba on plays, against a warm-up of {steps} AdamW steps as in the paper: how their",
-             "importance correlates in rank, and how many of the upper tenth are the same (by chance a tenth).", "",
+             f"Channels of the small Mamba on plays, against a warm-up of {steps} AdamW steps as in the paper: how",
+             "their importance correlates in rank, and how many of the upper tenth are the same (by chance a tenth).", "",
              "| importance from | layer | rank correlation | of the upper tenth |", "|---|--:|--:|--:|"]  # fmt: skip
     for name, found in chosen.items():
         for i, (a, b) in enumerate(zip(found, warm, strict=True)):
