@@ -131,7 +131,8 @@ def rows(split: str) -> list[Tensor]:
 @torch.no_grad()
 def loss(model: Any, batch: list[Tensor]) -> float:
     """Mean cross-entropy of a token given those before it in its row, in nats."""
-    return sum(float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in batch) / len(batch)
+    parts = torch.stack(batch).split(32)
+    return sum(float(model(input_ids=ids, labels=ids).loss) * len(ids) for ids in parts) / len(batch)
 
 
 def publish(seconds: float, steps: int) -> None:
@@ -205,7 +206,8 @@ def choice(steps: int = 60, batches: int = 8) -> None:
     inlay.detach(model)
     lines = ["# What SDT chooses, from gradients and from a warm-up", "",
              f"Channels of the small Mamba on plays, against a warm-up of {steps} AdamW steps as in the paper: how",
-             "their importance correlates in rank, and how many of the upper tenth are the same (by chance a tenth).", "",
+             "their importance correlates in rank, and how many of the upper tenth agree (by chance a tenth of them).",
+             "",
              "| importance from | layer | rank correlation | of the upper tenth |", "|---|--:|--:|--:|"]  # fmt: skip
     for name, found in chosen.items():
         for i, (a, b) in enumerate(zip(found, warm, strict=True)):
