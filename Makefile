@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test test-all results lint types docs docs-check setup setup-dev clean
+.PHONY: demo test test-all results mamba lint types docs docs-check setup setup-dev clean
 
 demo: setup
 	$(BIN)/inlay compare recipes/demo.yaml
@@ -24,6 +24,12 @@ test-all: setup-dev
 # every method on five real tasks: hours, but what is trained is kept and never trained again
 results: setup
 	$(BIN)/python benchmarks/methods.py
+
+# a small Mamba trained on novels, then adapted to plays; mamba.py is a faster scan for machines without its kernels
+mamba: setup
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[mamba]"
+	$(BIN)/python benchmarks/mamba.py pretrain
+	$(BIN)/python benchmarks/mamba.py adapt
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from generator.counts import ARCHITECTURES, counts
+from generator.counts import ARCHITECTURES, OWN, counts
 from generator.markdown import filled
 from generator.measure import Cell, compiles, measured, specifications
 from generator.method_pages import index, method_page
@@ -25,7 +25,7 @@ from generator.sections import names_section, pairs_section, recipe_sections
 from generator.support import compile_jobs, peft_page, support_page
 
 from inlay.core.files import write_text
-from inlay.core.method import REGISTRY
+from inlay.core.method import REGISTRY, method_from
 
 DOCS = Path(__file__).resolve().parent
 
@@ -35,6 +35,9 @@ def pages(workers: int) -> dict[str, str]:
     methods = specifications()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=calm) as run:
         counting = {arch: run.submit(counts, arch, methods) for arch in ARCHITECTURES}
+        for model_type, arch in OWN.items():
+            own = [text for text in methods if method_from(text).architecture == model_type]
+            counting[arch] = run.submit(counts, arch, own)
         measuring = {text: run.submit(measured, text) for text in methods}
         cells = {text: job.result() for text, job in measuring.items()}
         pairing = run.submit(pairs_section, at_linear(cells))

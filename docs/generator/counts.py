@@ -11,12 +11,19 @@ from inlay.architectures import configuration
 from inlay.core.building import find_head
 from inlay.core.companion import Companion
 from inlay.core.errors import InlayError
-from inlay.core.method import method_from
+from inlay.core.method import Method, method_from
 from inlay.core.where import Finder
 from inlay.models.quantise import quantise
 from inlay.plan import fake, skeleton
 
 ARCHITECTURES = ("roberta-base", "gpt2-medium", "llama-7b", "vit-base")
+OWN = {"mamba": "mamba-130m"}
+"""Where methods for one architecture are counted instead, by its `model_type`."""
+
+
+def counted_on(cls: type[Method]) -> tuple[str, ...]:
+    """The architectures that a method's page tells the size on."""
+    return (OWN[cls.architecture],) if cls.architecture else ARCHITECTURES
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,12 @@ def measured(text: str) -> dict[str, Cell]:
 
 
 def concerns(method: Method, place: Place) -> bool:
-    """Whether asking makes sense: methods on inputs, tokens and attentions know their own places, a head has none."""
+    """Whether asking makes sense: methods on inputs, tokens and attentions know their own places, a head has none.
+
+    A method for one architecture has its places there alone.
+    """
+    if method.architecture or place.name == "mamba":
+        return method.architecture == place.name
     own = isinstance(method, TokenMethod | AttentionMethod | PixelMethod)
     return method.has_sites and own == (place.where is None)
 

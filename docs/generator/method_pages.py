@@ -19,7 +19,7 @@ from inlay.core.method import (
 from inlay.core.options import Option, options
 from inlay.core.statistics import Calibrated
 
-from .counts import ARCHITECTURES, Count
+from .counts import ARCHITECTURES, Count, counted_on
 from .markdown import HEADER, Notes, code, linked, table
 from .measure import Cell, takes
 
@@ -63,6 +63,7 @@ ids, labels = torch.randint(100, (8, 16)), torch.randint(2, (8,))
 adapter.save("adapter")
 """
 START = 'inlay.calibrate(model, [{"input_ids": ids, "labels": labels}])  # in earnest several batches of real data\n'
+START_DECODER = START.replace('"labels": labels', '"labels": ids')
 DECODER = """\
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,7 +78,7 @@ print(adapter)
 
 optimizer = inlay.optimizer(adapter)  # AdamW at the method's own rate
 ids = torch.randint(100, (2, 64))
-model.train()
+{start}model.train()
 for k in range(3):
     loss = model(input_ids=ids, labels=ids).loss + inlay.penalty(model)
     loss.backward()
@@ -113,6 +114,9 @@ for k in range(3):
 adapter.save("adapter")
 """
 """The same for methods that are for images alone."""
+CONFIG = "(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)"
+OTHERS = {"mamba": "(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=8)"}
+"""What stands in the place of that configuration for methods of one architecture."""
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
 STORED = 'quantise(model, "{kind}", head=["classifier"])\n'
 PROBE = "    inlay.step(model, (k + 1) / 3, optimizer, lambda: model(input_ids=ids, labels=labels).loss)\n"
@@ -198,8 +202,9 @@ def size(name: str, counts: Counts) -> str:
     """Trained parameters on known architectures, with defaults, and of what it is made of."""
     notes, rows = Notes(), []
     formula = " ".join((method_class(name).count.__doc__ or "").split())
-    for text in [text for text in counts[ARCHITECTURES[0]] if text.partition("(")[0] == name]:
-        for arch in ARCHITECTURES:
+    architectures = counted_on(method_class(name))
+    for text in [text for text in counts[architectures[0]] if text.partition("(")[0] == name]:
+        for arch in architectures:
             c = counts[arch][text]
             numbers = ["–", "–", "– " + notes.mark(c.refused)] if c.refused else [
                 f"{c.sites:,}", f"{c.adapter:,}", f"{100 * c.adapter / (c.base - c.head):.3f} %",
@@ -227,8 +232,10 @@ def snippet(cls: type[Method]) -> str:
         imports, call = imports | {"LoRA"}, f"[LoRA(), {call}]"
     step = PROBE if cls.probe is not Method.probe else STEP if cls.step is not Method.step else ""
     text = DECODER if issubclass(cls, OF_DECODERS) else IMAGES if issubclass(cls, ON_IMAGES) else SNIPPET
+    if cls.architecture:
+        text = DECODER.replace(CONFIG, OTHERS[cls.architecture]).replace("Llama", cls.architecture.capitalize())
     text = text.format(imports=", ".join(sorted(imports)), call=call, step=step,
-                       start=START if issubclass(cls, Calibrated) else "",
+                       start=(START if text is SNIPPET else START_DECODER) if issubclass(cls, Calibrated) else "",
                        quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
                        stored=STORED.format(kind=cls.needs) if cls.needs else "")  # fmt: skip
     return text + (MERGED if cls.mergeable else "")
@@ -243,10 +250,12 @@ def command_lines(cls: type[Method], counts: Counts) -> str:
         chosen = f" --set {o.name}={value}"
     if issubclass(cls, Companion):
         chosen, method = "", f'"[lora, {cls.name()}]"'
-    arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
+    arch = next(a for a in counted_on(cls) if not counts[a][cls.name()].refused)
     chosen += f" --quantize {cls.needs}" if cls.needs else ""
     what = "minilm --data trec"
-    if issubclass(cls, OF_DECODERS):
+    if cls.architecture == "mamba":
+        what = "state-spaces/mamba-130m-hf --data gutenberg"
+    elif issubclass(cls, OF_DECODERS):
         what = "smollm2-135m-instruct --data gutenberg"
     elif issubclass(cls, ON_IMAGES):
         what = "dinov2-small --data cifar10 --image-size 70"
@@ -277,5 +286,7 @@ def index(counts: Counts) -> str:
 
 
 def size_of(counts: Counts, cls: type[Method]) -> str:
+    if cls.architecture:
+        return "–"
     c = counts[ARCHITECTURES[0]][cls.name()]
     return "–" if c.refused else f"{c.adapter:,}"

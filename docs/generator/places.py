@@ -158,6 +158,12 @@ def decoder() -> nn.Module:
     )  # fmt: skip
 
 
+def mamba() -> nn.Module:
+    from transformers import MambaConfig, MambaModel
+
+    return MambaModel(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4, use_cache=False))
+
+
 def vectors(*shape: int) -> Callable[[], Inputs]:
     return lambda: {"x": torch.randn(ROWS, *shape)}
 
@@ -202,4 +208,5 @@ PLACES = (
     Place("tokens", bert, ids("input_ids"), None, "the token sequence and the attentions that read it, of an encoder"),
     Place("decoder", decoder, ids("input_ids"), None, "the same of a decoder"),
     Place("images", vision, images, None, "the pixels and patches that a vision transformer reads"),
+    Place("mamba", mamba, ids("input_ids"), None, "the state space of a Mamba layer, for methods made for it"),
 )  # fmt: skip

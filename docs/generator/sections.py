@@ -54,7 +54,8 @@ def grouped() -> Iterator[tuple[list[str], tuple[Tower, ...]]]:
 def tower_table(tower: Tower, several: bool) -> str:
     before = f"{tower.name}." if several else ""
     blocks = " or ".join(code(path) for path in each(tower.blocks) if path)
-    inside = [[code(f"{before}block[i].{name}"), spelled(s)] for name, s in tower.block.items()]
+    parts = joined(tower.block, tower.finer)
+    inside = [[code(f"{before}block[i].{name}"), spelled(s)] for name, s in parts.items()]
     once = [[code(f"{before}{name}"), spelled(s)] for name, s in joined(tower.once, tower.beside).items()]
     gathered = [
         [code(f"{before}{part}{'[i]' if part == 'block' else ''}.conv[j], .norm[j]"), "convolutions and norms in order"]

@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama-13b": ("llama", "causal-lm", _llama(5120, 40, 40, 13824)),
     "llama2-70b": ("llama", "causal-lm", _llama(8192, 80, 64, 28672, kv=8)),
     "llama3-8b": ("llama", "causal-lm", _llama(4096, 32, 32, 14336, 128256, 8)),
+    "mamba-130m": ("mamba", "causal-lm", {"num_hidden_layers": 24}),
     "vit-base": ("vit", "image-classification", {}),
     "vit-large": ("vit", "image-classification", _LARGE),
     "minilm": (

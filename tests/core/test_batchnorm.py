@@ -80,7 +80,7 @@ def reference(count: int = 3, **options: object) -> Net:
     return model.eval()
 
 
-WEIGHT = sorted(name for name, cls in REGISTRY.items() if cls.kind == "weight" and not cls.needs)
+WEIGHT = sorted(name for name, cls in REGISTRY.items() if cls.kind == "weight" and not (cls.needs or cls.architecture))
 PLACES = {"bitfit": ["norm", "conv", "out"], "full": ["norm", "conv"], "normtuning": ["norm"]}
 
 

@@ -104,6 +104,8 @@ class Bench:
     quantised: bool = False
     grids: bool = False
     """Whether it has layers on an affine grid."""
+    only: frozenset[str] = frozenset()
+    """The methods that meet it, where that is not every one with a place here."""
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh copy, always with the same numbers, in evaluation mode."""
@@ -225,6 +227,12 @@ BERT = tuple(Slot(f"encoder.layer.0.{m}") for m in ("attention.self.query", "att
 LLAMA = tuple(Slot(f"model.layers.{i}.{m}", bias=None) for i in range(2)
               for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"))  # fmt: skip
 VIT = tuple(Slot(f"layers.0.{m}") for m in ("attention.q_proj", "attention.v_proj", "mlp.fc2"))
+STATE = tuple(slot for i in range(2) for slot in (
+    Slot(f"backbone.layers.{i}.mixer", "A_log", bias=None),
+    *(Slot(f"backbone.layers.{i}.mixer.x_proj", rows=tuple(range(at, at + 4)), bias=None) for at in (1, 5)),
+))  # fmt: skip
+MIXER = tuple(Slot(f"backbone.layers.{i}.mixer.{m}", bias=None) for i in range(2)
+              for m in ("in_proj", "x_proj", "out_proj"))  # fmt: skip
 ENCODER = (*mha("encoder.layers.0.self_attn"), *mha("encoder.layers.1.self_attn"))
 QV, QVD = ("attn.q", "attn.v"), ("attn.q", "attn.v", "mlp.down")
 STACKS = ("gate_up_proj", "down_proj")
@@ -290,6 +298,10 @@ def benches() -> dict[str, Bench]:
         Bench("llama", nets.llama, words(), LLAMA, QVD, ("mlp", "attn"), tokens=True),
         Bench("vit", nets.vit, lambda: {"pixel_values": torch.randn(4, 3, 8, 8)}, VIT, QVD, ("mlp",), tokens=True),
         Bench("dual", nets.dual, captioned, tensors=(), prompts=True, routable=False),
+        Bench("mamba", nets.mamba, words(), STATE, ("mixer.A", "mixer.B", "mixer.C"), ("mixer.out",),
+              ("mixer.A", "mixer.x", "norm1"), only=frozenset({"sdt", "stateoffset", "lora", "full"})),
+        Bench("mamba-padded", nets.mamba, words(mask=True), MIXER, ("mixer.in", "mixer.x", "mixer.out"), ("mixer.out",),
+              only=frozenset({"stateoffset", "lora", "dora"})),
         Bench("lstm", nets.Recurrent, vectors(4, 5, 6)),
     ]  # fmt: skip
     return {b.name: b for b in found}

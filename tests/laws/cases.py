@@ -82,6 +82,8 @@ SETTINGS: dict[str, list[str]] = {
     "galore": ["galore(r=2, every=2)"],
     "glora": ["glora(r=2)", "glora(A='vector', B='constant', C='vector', D='constant', E='none')"],
     "peqa": ["peqa"],
+    "sdt": ["sdt(freeze_channels=0.9, freeze_states=0.5, r=0)"],
+    "stateoffset": ["stateoffset", "stateoffset(offset='y')", "stateoffset(r=2)"],
     "bitfit": ["bitfit", "bitfit(norms=false)"],
     "normtuning": ["normtuning", "normtuning(statistics='adapted')"],
     "houlsby": ["houlsby(r=3, init='near')"],
@@ -139,6 +141,10 @@ def places(method: Method, bench: Bench) -> tuple[str, ...] | None:
         return None
     if isinstance(method, ContextMethod):
         return () if bench.prompts else None
+    if bench.only and method.name() not in bench.only:
+        return None
+    if method.architecture and not bench.only and bench.name != "llama":  # one that it must refuse will do
+        return None
     if isinstance(method, ParameterMethod):
         return bench.tensors or None
     if isinstance(method, WeightMethod):
@@ -201,7 +207,7 @@ def cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     """Every method on every bench that has a place for it."""
     found = [Case(m, b, dtype) for m in methods() for b in benches().values() if places(m, b) is not None]
     if dtype == torch.float64:  # transformers' models compute parts of themselves in float32
-        narrow = {"gpt2-qv", "nf4"}  # so does bitsandbytes
+        narrow = {"gpt2-qv", "mamba", "mamba-padded", "nf4"}  # so does bitsandbytes
         found = [c for c in found if not c.bench.tokens and c.bench.name not in narrow and c.method.mergeable]
     return found
 

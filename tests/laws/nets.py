@@ -240,6 +240,11 @@ def dual() -> nn.Module:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10))
 
 
+def mamba() -> nn.Module:
+    return _auto("AutoModelForCausalLM", "mamba", vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4,
+                 use_cache=False)  # fmt: skip
+
+
 def vit() -> nn.Module:
     return _auto("AutoModel", "vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24,
                  image_size=8, patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip

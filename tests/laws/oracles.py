@@ -119,6 +119,15 @@ def loraxs(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     return W + g.options["alpha"] / g.options["r"] * U @ flip @ g["R"] @ S.diag() @ flip @ Vh, b
 
 
+def sdt(W: Tensor, b: Tensor | None, g: Given) -> Pair:
+    """One number after the other: log A (d_inner, N) by channel and state, W_B and W_C (N, d_inner) by state."""
+    new = W.clone()
+    for k, channel in enumerate(g["channels"].long().tolist()):
+        for j, state in enumerate(g["numbers"][k].long().tolist()):
+            new[(channel, state) if W.shape[0] > W.shape[1] else (state, channel)] += g["value"][k, j]
+    return new, b
+
+
 def eva(W: Tensor, b: Tensor | None, g: Given) -> Pair:
     """W + (α/r) B A, whatever rank A has here."""
     return W + g.options["alpha"] / g.options["r"] * torch.einsum("or,ri->oi", g["B"], g["A"]), b
@@ -398,7 +407,7 @@ def glora(W: Tensor, b: Tensor | None, g: Given) -> Pair:
 
 ORACLES: dict[str, Callable[[Tensor, Tensor | None, Given], Pair]] = {
     "lora": lora, "vera": vera, "dora": dora, "ia3": ia3, "lorafa": lorafa, "loha": loha, "lokr": lokr, "krona": krona,
-    "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "diablo": diablo,
+    "pissa": pissa, "loraxs": loraxs, "nola": nola, "vblora": vblora, "svft": svft, "sdt": sdt, "diablo": diablo,
     "kradapter": kradapter, "eva": eva, "corda": corda, "lorasb": lorasb,
     "dylora": dylora, "adalora": adalora, "deltalora": deltalora, "relora": relora,
     "sct": sct, "residualseries": residualseries, "residualparallel": residualparallel,
@@ -463,6 +472,6 @@ ELSEWHERE = {
     "normtuning": "copies", "galore": "copies; its optimizer: tests/papers/test_galore.py",
     "ist": "tests/papers/test_ist.py", "tfew": "tests/papers/test_tfew.py",
     "sidetuning": "tests/papers/test_side.py", "unipt": "tests/papers/test_side.py",
-    "nearestneighbours": "tests/papers/test_fitted.py",
+    "nearestneighbours": "tests/papers/test_fitted.py", "stateoffset": "tests/papers/test_statespace.py",
 }  # fmt: skip
 """Where the other methods' equations are checked."""

@@ -67,6 +67,9 @@ REFUSALS: list[tuple[str, set[str], str]] = [
         {"gpt2-mlp", "gemma", "neox", "falcon", "mixtral", "qwen-moe", "gpt-oss", "llama"},
         "is for encoders: it mixes all tokens of a sequence, and '.*' ends a decoder",
     ),
+    # another kind of network
+    ("SDT", {"llama"}, "is for the architecture 'mamba', and this LlamaForCausalLM is none"),
+    ("StateOffset", {"llama"}, "is for the architecture 'mamba', and this LlamaForCausalLM is none"),
     # a stored number of few bits cannot be trained
     ("GaLore", PACKED, "which is quantised: leave it out with exclude="),
     ("Full", PACKED, "which is quantised: leave it out with exclude="),

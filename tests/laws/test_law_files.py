@@ -25,7 +25,7 @@ from laws.cases import Case, methods, model_of, places, stir
 from laws.checks import anatomy_of, output, same_anatomy
 from laws.refusals import refused as refusal
 
-BENCHES = ("linear", "conv2d-groups", "gpt2-qv", "mha", "gpt-oss", "int8-tensor", "classifier")
+BENCHES = ("linear", "conv2d-groups", "gpt2-qv", "mha", "gpt-oss", "int8-tensor", "mamba", "classifier")
 THERE = """
 import sys, torch
 torch.set_num_threads(1)

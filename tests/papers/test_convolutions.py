@@ -42,7 +42,7 @@ def every() -> list[object]:
     """Each weight method in each of its settings; beyond the first they are for the long suite."""
     found, seen = [], set[type]()
     for method in methods():
-        if isinstance(method, WeightMethod):
+        if isinstance(method, WeightMethod) and not method.architecture:
             marks = [pytest.mark.slow] if type(method) in seen else []
             found.append(pytest.param(method, id=method.label(), marks=marks))
             seen.add(type(method))

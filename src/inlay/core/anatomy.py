@@ -129,6 +129,7 @@ class _Reader:
             attention=[site for stack in stacks for site in self.attention(stack, parts)],
             trims=trims,
             aliases=frozenset({lone.kind, lone.name} - {""}) if lone else frozenset(),
+            finer={part.name: part for stack in stacks for part in self.finer(stack)},
         )
 
     # -------------------------------------------------------------------------------------------- finding towers
@@ -246,6 +247,11 @@ class _Reader:
             yield from self.numbered(s, once[name])
         beside = (list(self.named(s, s.tower.beside, s.label, around)) for around in _outwards(s.backbone))
         yield from next(filter(None, beside), [])
+
+    def finer(self, s: _Stack) -> Iterator[Part]:
+        """Places within the parts of the blocks."""
+        for i, path in enumerate(s.blocks):
+            yield from self.named(s, s.tower.finer, _join(s.label, f"block[{i}]"), path, i)
 
     def numbered(self, s: _Stack, part: Part) -> Iterator[Part]:
         """A part and, where the table asks for it, every convolution and norm inside."""

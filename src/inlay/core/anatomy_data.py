@@ -53,6 +53,8 @@ class Tower:
     """Parts whose convolutions and norms are numbered in order of definition: `stem.conv[0]`, `block[1].norm[2]`."""
     whole: bool = True
     """Whether a block is a module of its own."""
+    finer: Names = field(default_factory=dict)
+    """As `block`: places within these parts, which go by their own names only (a glob would count them twice)."""
 
 
 def _qkvo(part: str, where: str, qkv: str, o: str) -> dict[str, Spelling]:
@@ -255,6 +257,13 @@ MAMBA = Tower(
     {"embed": "embeddings", "norm": "norm_f"},
     trim="norm_f",
     interface=False,
+    finer={  # the state space: its input u and gate z, A (as its logarithm), and the projections that give B and C
+        "mixer.u": "mixer.in_proj#halves",
+        "mixer.z": "mixer.in_proj#halves",
+        "mixer.A": "mixer@A_log",
+        "mixer.B": "mixer.x_proj#ssm",
+        "mixer.C": "mixer.x_proj#ssm",
+    },
 )
 
 # ------------------------------------------------------------------------------------------------ encoder-decoders
@@ -629,9 +638,12 @@ def _falcon(size: int, h: Heads, config: Any) -> dict[str, tuple]:
 
 ROWS: dict[str, Callable[[int, Heads, Any], dict[str, tuple]]] = {
     "thirds": lambda size, h, config: _runs("q k v", [size // 3] * 3),
-    "halves": lambda size, h, config: _runs("k v", [size // 2] * 2) | _runs("gate up", [size // 2] * 2),
+    "halves": lambda size, h, config: {
+        name: rows for pair in ("k v", "gate up", "u z") for name, rows in _runs(pair, [size // 2] * 2).items()
+    },
     "grouped": lambda size, h, config: _runs("q k v", [h.n * h.size, h.kv * h.size, h.kv * h.size]),
     "per_head": lambda size, h, config: _per_group(h.n, [h.size] * 3),
     "falcon": _falcon,
+    "ssm": lambda size, h, config: _runs("dt B C", [size - 2 * config.state_size, *[config.state_size] * 2]),
 }
 """Rule -> last word of a neutral name -> `Part.rows`; from the packed size, the heads and the configuration."""

@@ -68,6 +68,8 @@ class Anatomy:
     """`trim` by tower."""
     aliases: frozenset[str] = frozenset()
     """Prefixes allowed before the names of a lone tower (`vision` for a ViT)."""
+    finer: dict[str, Part] = field(default_factory=dict)
+    """Places within parts (`mixer.C` are rows of `mixer.x`), which go by their own names only."""
 
     def match(self, pattern: str) -> list[Part]:
         """The parts that a neutral pattern names, in order; empty if it names none (it may still be a module path).
@@ -76,13 +78,14 @@ class Anatomy:
         query projection of every block of every tower, and `norm` every normalisation. `block[8:]` and
         `block[-4:].mlp.up` select blocks as Python slices do, `block[0,2,-1]` lists them, and `block[3]` is the block
         itself. Words may be globs; a last word `*` is everything underneath (`mlp.*`). Of a packed matrix `attn.qkv`
-        is the whole, which globs leave out.
+        is the whole, which globs leave out, as they do places within a part.
         """
         query = _Query.read(pattern, {*self.n_blocks, *self.aliases})
         if query is None:
             return []
         found = [part for part in self.parts.values() if query.fits(part, self)]
-        return found or [part for part in self._packed() if "*" not in pattern and query.fits(part, self)]
+        apart = () if "*" in pattern else (*self._packed(), *self.finer.values())
+        return found or [part for part in apart if query.fits(part, self)]
 
     def near(self, pattern: str) -> list[str]:
         """Names close to a pattern that matched nothing, at most five, for error messages."""

@@ -34,7 +34,7 @@ from inlay.core.quantised import dense, is_quantised
 from inlay.core.quantised import shape as quantised_shape
 from inlay.core.rows import Rows
 from inlay.core.sharded import gathered, whole
-from inlay.core.sites import Site
+from inlay.core.sites import Site, Source
 from inlay.core.towers import tower_of
 from inlay.core.trunks import trunk_of
 from inlay.core.where import site_host
@@ -153,16 +153,20 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_site(site: Site) -> dict[str, Any]:
-    rows = site.rows
     return {
         "path": site.path, "name": site.name, "depth": site.depth, "param": site.param, "key": site.key,
-        "rows": None if rows is None else [rows.offset, rows.length, rows.groups, rows.group],
+        "rows": plain_rows(site.rows),
         "expert": site.expert, "entry": site.entry, "width": site.width,
         "ties": [[path, name] for path, _, name in site.ties],
         "shape": stored_shape(site.module, site.param),
         "tower": None if site.tower is None else site.tower.label, "parts": site.parts,
         "pixels": site.pixels, "trunk": None if site.trunk is None else site.trunk.label,
+        "hears": {name: [source.path, plain_rows(source.rows)] for name, source in site.hears.items()},
     }  # fmt: skip
+
+
+def plain_rows(rows: Rows | None) -> list[int | None] | None:
+    return None if rows is None else [rows.offset, rows.length, rows.groups, rows.group]
 
 
 def stored_shape(module: nn.Module, param: str) -> list[int] | None:
@@ -381,6 +385,10 @@ def site_from(model: nn.Module, record: dict[str, Any], folder: Path) -> Site:
     if record["shape"] is not None and found != record["shape"]:
         raise CheckpointError(f"{folder}: '{path}.{record['param']}' was {record['shape']}, here it is {found}")
     rows = None if record["rows"] is None else Rows(*record["rows"])
+    hears = record.get("hears", {})  # which files of before have not
+    absent = [source for source, _ in hears.values() if source not in modules]
+    if absent:
+        raise CheckpointError(f"{folder} hears '{absent[0]}', which this {type(model).__name__} does not have")
     ties = [(tied, modules[tied], name) for tied, name in record["ties"] if tied in modules]
     host = site_host(model, path, record["param"])
     return Site(
@@ -389,4 +397,5 @@ def site_from(model: nn.Module, record: dict[str, Any], folder: Path) -> Site:
         tower=None if record["tower"] is None else tower_of(model, record["tower"], path), parts=record["parts"],
         pixels=tuple(record["pixels"]) if record.get("pixels") else None,
         trunk=None if record.get("trunk") is None else trunk_of(model, record["trunk"]),
+        hears={n: Source(at, modules[at], None if r is None else Rows(*r)) for n, (at, r) in hears.items()},
     )  # fmt: skip

@@ -29,22 +29,32 @@ from inlay.core.tracks import track_of
 
 
 @dataclass(eq=False)
-class Span:
-    """Where a site's input enters, when that is another module than the one it leaves."""
+class Ear:
+    """A tensor that passed one module, from then until the method at another module that asks for it is through."""
 
     state: State
     value: Tensor | None = None
     rows: Tensor | None = None
+
+    def give(self, t: Tensor) -> None:
+        self.value, self.rows = t, self.state.rows
+
+    def input(self) -> Tensor:
+        """The tensor, for the rows that are being computed now."""
+        if self.value is None:
+            raise AdapterError("a method asked for what passed a module that has not run before it in this forward")
+        rows = self.state.rows
+        return self.value if rows is self.rows else self.value[rows]
+
+
+@dataclass(eq=False)
+class Span(Ear):
+    """Where a site's input enters, when that is another module than the one it leaves."""
+
     handle: Any = None
 
     def record(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.value, self.rows = first(args, kwargs), self.state.rows
-
-    def input(self) -> Tensor:
-        """What entered, for the rows that are being computed now."""
-        assert self.value is not None
-        rows = self.state.rows
-        return self.value if rows is self.rows else self.value[rows]
+        self.give(first(args, kwargs))
 
 
 @dataclass
@@ -103,6 +113,8 @@ class State:
     """What governs the training of an adapter's methods, by the adapter's name."""
     spans: dict[tuple[str, str], Span] = field(default_factory=dict)
     """Where the input of a site enters, by (entry, path)."""
+    ears: dict[tuple[str, str], Ear] = field(default_factory=dict)
+    """What methods hear of other modules, by (that module's path, path of the method's site)."""
     call: Call = field(default_factory=Call)
     rows: Tensor | None = None
     aside: Acting | None = None
@@ -169,6 +181,10 @@ class Inlay(nn.Module):
         return self.state.spans
 
     @property
+    def ears(self) -> dict[tuple[str, str], Ear]:
+        return self.state.ears
+
+    @property
     def call(self) -> Call:
         """The running forward's mask and cache length, narrowed to the rows being computed."""
         call, rows = self.state.call, self.state.rows
@@ -219,6 +235,10 @@ class Inlay(nn.Module):
                 span = Span(self.state)
                 span.handle = model.get_submodule(entry).register_forward_pre_hook(span.record, with_kwargs=True)
                 self.spans[entry, site.path] = span
+        for source in site.hears.values():
+            if (source.path, site.path) not in self.ears:
+                self.ears[source.path, site.path] = ear = Ear(self.state)
+                self.mount(model, source.path, source.module).ears.append(ear)
 
     def mount(self, model: nn.Module, path: str, module: nn.Module) -> Mount:
         """The mount of a module, made on first use."""
@@ -270,8 +290,11 @@ class Inlay(nn.Module):
         """Forget one adapter."""
         for mount in self.everything:
             mount.levels.pop(adapter, None)
+        asked = {(source, path) for path, mount in self.state.mounts.items() for source in mount.sources()}
+        for source, path in [key for key in self.ears if key not in asked]:
+            self.state.mounts[source].ears.remove(self.ears.pop((source, path)))
         self.refresh()
-        self.state.mounts = {path: m for path, m in self.state.mounts.items() if m.levels}
+        self.state.mounts = {path: m for path, m in self.state.mounts.items() if m.levels or m.ears}
         self.state.tokens = {path: m for path, m in self.state.tokens.items() if m.levels}
         needed = {(entry, path) for path, mount in self.state.mounts.items() for entry in mount.entries}
         for span in [span for span in self.spans if span not in needed]:
@@ -376,6 +399,7 @@ class Inlay(nn.Module):
         if self.state.aside is not None:
             self.let_act(self.state.aside)
             self.state.aside = None
+            self.forget()
 
     def let_act(self, what: Acting) -> None:
         state = self.state
@@ -386,6 +410,7 @@ class Inlay(nn.Module):
         if self.state.running:  # the last forward was interrupted (Ctrl-C): no hook ran after it
             for mount in self.state.mounts.values():
                 mount.frames.clear()
+            self.forget()
         self.state.running = True
         if not torch.compiler.is_compiling():
             if torch._C._current_graph_task_id() == -1:
@@ -420,9 +445,27 @@ class Inlay(nn.Module):
                 mount.served = False
         return (args, {name: value for name, value in kwargs.items() if name != "choices"}) if mine else None
 
+    def forget(self) -> None:
+        """Let go of what was heard and not asked for: the modules between did not run to their end."""
+        for ear in self.ears.values():
+            ear.value = None
+
+    def check_asked(self, output: Any) -> None:
+        """AdapterError where a method heard what came before it, and was then passed by."""
+        unasked = [path for (_, path), ear in self.ears.items() if ear.value is not None]
+        self.forget()
+        acting = {*self.active} if self.routes is None else {*self.routes}
+        for path in unasked:
+            if output is not None and acting & set(self.state.mounts[path].levels):
+                raise AdapterError(
+                    f"'{path}' was not called in this forward: other code (a fused kernel) read its tensors, past the "
+                    "method there. Switch the kernel off (mamba_ssm's is not used with a cache, nor in eval mode)"
+                )
+
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         self.state.running = False
         self.state.call.cache = None  # it may be large, and is the caller's
+        self.check_asked(output)
         output = self.with_added(args, kwargs, output)
         self.remember(output)
         self.check_served(kwargs, output)

@@ -31,7 +31,7 @@ from inlay.core.sharded import is_sharded
 from inlay.core.sites import Site
 
 if TYPE_CHECKING:
-    from inlay.core.container import Inlay
+    from inlay.core.container import Ear, Inlay
 
 
 @dataclass(eq=False)
@@ -75,16 +75,19 @@ class Mount:
         self.frames: list[Frame] = []  # one per forward of the owner that is running
         self.served = False  # whether a routed forward has come through here
         self.entries: set[str] = set()  # modules where the spans that end here begin
+        self.ears: list[Ear] = []  # of methods elsewhere that hear this module's output
+        self.heard: set[str] = set()  # modules whose outputs methods here hear
 
     # ------------------------------------------------------------------ attaching
     def refresh(self) -> None:
         """Attach exactly what the levels need; call after they change."""
         self.remove()
         levels = [level for stack in self.levels.values() for level in stack]
-        if not levels:
+        if not levels and not self.ears:
             return
         self.entries = {level.site.entry for level in levels if level.site.entry is not None}
         self.entries |= {path for level in levels for path in level.site.parts}
+        self.heard = self.sources()
         names = {level.site.param for level in levels if not isinstance(level.method, HiddenMethod)}
         names |= {level.site.bias_name for level in levels if level.method.acts_on_bias}
         names = {name for name in names if self.module._parameters.get(name) is not None}
@@ -100,6 +103,11 @@ class Mount:
             handle.remove()
         self.handles.clear()
         release_tensors(self.module)
+
+    def sources(self) -> set[str]:
+        """Paths of the modules whose outputs methods here hear."""
+        levels = [level for stack in self.levels.values() for level in stack]
+        return {source.path for level in levels for source in level.site.hears.values()}
 
     # ------------------------------------------------------------------ which levels act
     def active(self) -> list[Level]:
@@ -134,15 +142,19 @@ class Mount:
         try:
             if output is None:  # the forward raised
                 return None
-            if self.inlay.routes is not None:
-                return self.leave_rows(frame, module, args, kwargs, output)
-            return self.act(frame, args, kwargs, output)
+            routed = self.inlay.routes is not None
+            changed = (self.leave_rows if routed else self.act)(frame, module, args, kwargs, output)
+            for ear in self.ears:
+                ear.give(first_output(output if changed is None else changed))
+            return changed
         finally:
             self.frames.pop()
+            for path in self.heard:
+                self.inlay.ears[path, self.path].value = None
             for entry in self.entries:
                 self.inlay.spans[entry, self.path].value = None  # let go of the activation
 
-    def act(self, frame: Frame, args: tuple, kwargs: dict, output: Any) -> Any:
+    def act(self, frame: Frame, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The levels that act on outputs, after the module's own forward."""
         levels = self.active()
         if frame.formed or not any(acts_on_output(level) for level in levels):

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from inlay.core.trunks import Trunk
 
 
+@dataclass(frozen=True)
+class Source:
+    """A place whose output a method at another site hears: a module, and which rows of its output."""
+
+    path: str
+    module: nn.Module
+    rows: Rows | None = None
+
+
 @dataclass(eq=False)
 class Site:
     """One place: a module, which of its tensors, and what a method may ask about it."""
@@ -69,6 +78,8 @@ class Site:
     """Names of the shared tensors that the method here asked for."""
     built: dict[type, nn.Module] = field(default_factory=dict)
     """The methods built here, by class."""
+    hears: dict[str, Source] = field(default_factory=dict)
+    """The places whose outputs the method here asks for with `heard`, by neutral name."""
 
     # ------------------------------------------------------------------ matrix sites
     @property
@@ -218,6 +229,13 @@ class Site:
         """Where this site's module lives."""
         t = next((t for tensors in (self.module.parameters(), self.module.buffers()) for t in tensors), None)
         return torch.device("cpu") if t is None else t.device
+
+    def heard(self, name: str) -> Tensor:
+        """What a place that the method `hears` has put out in the running forward, for the rows being computed."""
+        assert self.inlay is not None
+        source = self.hears[name]
+        y = self.inlay.ears[source.path, self.path].input()
+        return y if source.rows is None else source.rows.take(y, -1)
 
     # ------------------------------------------------------------------ shared
     def shared(self, name: str, make: Callable[[], Tensor], derived: bool = False) -> Tensor:

@@ -27,7 +27,7 @@ from inlay.core.method import (
 )
 from inlay.core.quantised import is_quantised
 from inlay.core.rows import Rows, rows_of
-from inlay.core.sites import Site
+from inlay.core.sites import Site, Source
 from inlay.core.towers import token_sites
 from inlay.core.trunks import SideMethod, trunk_sites, trunks
 
@@ -137,6 +137,11 @@ class Finder:
             return token_sites(self, method, tuple(patterns), dtype)
         if isinstance(method, SideMethod):
             return trunk_sites(self, method, tuple(patterns), dtype)
+        if method.architecture not in ("", self.anatomy.architecture):
+            raise SiteError(
+                f"{method.label()} is for the architecture '{method.architecture}', and this "
+                f"{type(self.model).__name__} is none"
+            )
         chosen: dict[str, Site] = {}
         excluded = {(p.path, p.param, p.rows) for e in self.exclude for p in self.parts(e)}
         for pattern in patterns:
@@ -148,6 +153,7 @@ class Finder:
                 for site in self._expand(method, part):
                     site.dtype = dtype
                     if method.acts_at(site):
+                        site.hears = self._sources(method, site)
                         chosen.setdefault(site.key, site)
         if not chosen:
             raise SiteError(
@@ -174,6 +180,20 @@ class Finder:
             yield self._hidden(part)
         else:
             yield Site(part.path, self.modules[part.path], part.name, part.depth, key=part.path)
+
+    def _sources(self, method: Method, site: Site) -> dict[str, Source]:
+        """The places whose outputs a method hears: those of its site's block, or of the model where it is in none."""
+        found: dict[str, Source] = {}
+        block = re.match(r".*?block\[\d+\]\.", site.name)
+        for name in method.hears():
+            parts = self.anatomy.match(f"{block[0]}{name}" if block else name)
+            if not parts:
+                near_it = f"the block of '{site.path}'" if block else f"this {type(self.model).__name__}"
+                raise SiteError(f"{method.label()} hears '{name}', and {near_it} has no such place")
+            for part in parts:
+                source = Source(part.path, self.modules[part.path], rows_of(part.rows))
+                found[part.name.removeprefix(block[0]) if block else part.name] = source
+        return found
 
     def _operations(self, part: Part) -> Iterator[Site]:
         """Every linear layer, convolution and normalisation of a place; tables and a head if named."""
@@ -270,7 +290,7 @@ class Finder:
                     "exclude=, or adapt it with a method that adds to it, such as LoRA"
                 )
             for name, p in module._parameters.items():
-                if p is None or not method.wants(module, name):
+                if p is None or not method.wants(module, name) or part.param not in ("weight", name):
                     continue
                 if id(p) in seen:
                     seen[id(p)].ties.append((path, module, name))

@@ -19,6 +19,7 @@ from inlay.methods.hidden.residualparallel import ResidualParallel
 from inlay.methods.hidden.residualseries import ResidualSeries
 from inlay.methods.hidden.sct import SCT
 from inlay.methods.hidden.ssf import SSF
+from inlay.methods.hidden.stateoffset import StateOffset
 from inlay.methods.input.visualprompt import VisualPrompt
 from inlay.methods.output.linearprobe import LinearProbe
 from inlay.methods.output.nearestneighbours import NearestNeighbours
@@ -67,17 +68,19 @@ from inlay.methods.weight.oft import OFT
 from inlay.methods.weight.peqa import PEQA
 from inlay.methods.weight.pissa import PiSSA
 from inlay.methods.weight.road import RoAd
+from inlay.methods.weight.sdt import SDT
 from inlay.methods.weight.svft import SVFT
 from inlay.methods.weight.vblora import VBLoRA
 from inlay.methods.weight.vera import VeRA
 from inlay.methods.weight.weightnorm import WeightNorm
 
 __all__ = [
-    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "PGN", "SCT", "SSF", "SVFT", "VPT", "AdaLoRA",
+    "BOFT", "ETHER", "EVA", "IA3", "IST", "NOLA", "OFT", "PEQA", "PGN", "SCT", "SDT", "SSF", "SVFT", "VPT", "AdaLoRA",
     "AdaptFormer", "BitFit", "CoCoOp", "CoOp", "Compacter", "ConsReFT", "CorDA", "DePT", "DeltaLoRA", "DiReFT",
     "DiaBlo", "DoRA", "DyLoRA", "ETHERPlus", "Full", "GLoRA", "GaLore", "Houlsby", "KRAdapter", "KronA", "KronAB",
     "LLMParallel", "LLMSeries", "LLaMAAdapter", "LinAdapter", "LinearProbe", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRASB",
     "LoRAXS", "LoReFT", "LobiReFT", "LongLoRA", "MaPLe", "NearestNeighbours", "NoReFT", "NormTuning", "PTuning",
     "PTuningV2", "ParallelAdapter", "Pfeiffer", "PiSSA", "PrefixTuning", "PromptTuning", "ReLoRA", "ResidualParallel",
-    "ResidualSeries", "RoAd", "SideTuning", "TFew", "UniPT", "VBLoRA", "VeRA", "VisualPrompt", "WeightNorm",
+    "ResidualSeries", "RoAd", "SideTuning", "StateOffset", "TFew", "UniPT", "VBLoRA", "VeRA", "VisualPrompt",
+    "WeightNorm",
 ]  # fmt: skip
