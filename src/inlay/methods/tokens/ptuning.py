@@ -23,7 +23,7 @@ class PTuning(PromptMethod):
     """
 
     paper: ClassVar[str] = "Liu et al. 2021, arXiv 2103.10385"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-2
 
     encoder: Literal["lstm", "mlp"] = option(default="lstm", doc="the network that makes P from E")
     hidden: int = option(default=0, doc="units h, of the LSTM per direction; 0: d/2 for the LSTM, d for the MLP", low=0)
