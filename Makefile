@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test test-all results lint types docs docs-check setup setup-dev clean
+.PHONY: demo test test-all results lit lint types docs docs-check setup setup-dev clean
 
 demo: setup
 	$(BIN)/inlay compare recipes/demo.yaml
@@ -24,6 +24,11 @@ test-all: setup-dev
 # every method on five real tasks: hours, but what is trained is kept and never trained again
 results: setup
 	$(BIN)/python benchmarks/methods.py
+
+# two small image-text models, trained here because no registry carries one: some minutes of one core each
+lit: setup
+	$(BIN)/inlay models fetch lit-mobilenetv2
+	$(BIN)/inlay models fetch lit-dinov2-small
 
 lint: setup-dev
 	$(BIN)/ruff check .
