@@ -7,6 +7,7 @@ from typing import Any
 
 from inlay.catalogue import describe
 from inlay.core.companion import Companion
+from inlay.core.contexts import ContextMethod
 from inlay.core.method import REGISTRY, AttentionMethod, Method, method_class
 from inlay.core.options import Option, options
 from inlay.core.statistics import Calibrated
@@ -75,6 +76,33 @@ for k in range(3):
 adapter.save("adapter")
 """
 """The same for methods that are for decoders alone."""
+DUAL = """\
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+import inlay
+from inlay.methods import {imports}
+
+small = {{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}}
+text = {{**small, "vocab_size": 100, "max_position_embeddings": 32, "eos_token_id": 99, "bos_token_id": 1}}
+vision = {{**small, "image_size": 16, "patch_size": 8}}
+model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))  # random; any pretrained one goes here
+adapter = inlay.adapt(model, {call})  # with real prompts: {name}(…).with_prompt("a photo of a {{}}.", tokenizer)
+print(adapter)
+
+optimizer = inlay.optimizer(adapter)  # AdamW at the method's own rate
+images, labels = torch.randn(4, 3, 16, 16), torch.randint(5, (4,))
+prompts = torch.cat([torch.randint(2, 99, (5, 6)), torch.full((5, 1), 99)], 1)  # those of five classes
+model.train()
+for k in range(3):
+    out = model(pixel_values=images, input_ids=prompts, attention_mask=torch.ones_like(prompts))
+    torch.nn.functional.cross_entropy(out.logits_per_image, labels).backward()
+    optimizer.step()
+{step}    optimizer.zero_grad()
+
+adapter.save("adapter")
+"""
+"""The same for methods that fill class prompts."""
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
 STORED = 'quantise(model, "{kind}", head=["classifier"])\n'
 PROBE = "    inlay.step(model, (k + 1) / 3, optimizer, lambda: model(input_ids=ids, labels=labels).loss)\n"
@@ -188,8 +216,8 @@ def snippet(cls: type[Method]) -> str:
     if issubclass(cls, Companion):
         imports, call = imports | {"LoRA"}, f"[LoRA(), {call}]"
     step = PROBE if cls.probe is not Method.probe else STEP if cls.step is not Method.step else ""
-    text = DECODER if issubclass(cls, AttentionMethod) else SNIPPET
-    text = text.format(imports=", ".join(sorted(imports)), call=call, step=step,
+    text = DECODER if issubclass(cls, AttentionMethod) else DUAL if issubclass(cls, ContextMethod) else SNIPPET
+    text = text.format(name=cls.__name__, imports=", ".join(sorted(imports)), call=call, step=step,
                        start=START if issubclass(cls, Calibrated) else "",
                        quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
                        stored=STORED.format(kind=cls.needs) if cls.needs else "")  # fmt: skip
@@ -208,6 +236,8 @@ def command_lines(cls: type[Method], counts: Counts) -> str:
     arch = next(a for a in ARCHITECTURES if not counts[a][cls.name()].refused)
     chosen += f" --quantize {cls.needs}" if cls.needs else ""
     what = "smollm2-135m-instruct --data gutenberg" if issubclass(cls, AttentionMethod) else "minilm --data trec"
+    if issubclass(cls, ContextMethod):
+        what = "lit-dinov2-small --data cifar10 --prompt 'a photo of a {}.'"
     train = f"inlay train --model {what} --method {method}{chosen} --output runs/{cls.name()}"
     return (
         f"```bash\ninlay plan --arch {arch} --method {method}{chosen} --no-memory\ninlay inspect adapter\n```\n\n"
