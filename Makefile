@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test test-all results mamba lint types docs docs-check setup setup-dev clean
+.PHONY: demo test test-all results lit mamba lint types docs docs-check setup setup-dev clean
 
 demo: setup
 	$(BIN)/inlay compare recipes/demo.yaml
@@ -30,6 +30,11 @@ mamba: setup
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[mamba]"
 	$(BIN)/python benchmarks/mamba.py pretrain
 	$(BIN)/python benchmarks/mamba.py adapt
+
+# two small image-text models, trained here because no registry carries one: some minutes of one core each
+lit: setup
+	$(BIN)/inlay models fetch lit-mobilenetv2
+	$(BIN)/inlay models fetch lit-dinov2-small
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from typing import Any
 
 from inlay.catalogue import describe
 from inlay.core.companion import Companion
+from inlay.core.contexts import ContextMethod
 from inlay.core.method import (
     REGISTRY,
     AttentionMethod,
@@ -114,6 +115,33 @@ for k in range(3):
 adapter.save("adapter")
 """
 """The same for methods that are for images alone."""
+DUAL = """\
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+import inlay
+from inlay.methods import {imports}
+
+small = {{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}}
+text = {{**small, "vocab_size": 100, "max_position_embeddings": 32, "eos_token_id": 99, "bos_token_id": 1}}
+vision = {{**small, "image_size": 16, "patch_size": 8}}
+model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))  # random; any pretrained one goes here
+adapter = inlay.adapt(model, {call})  # with real prompts: {name}(…).with_prompt("a photo of a {{}}.", tokenizer)
+print(adapter)
+
+optimizer = inlay.optimizer(adapter)  # AdamW at the method's own rate
+images, labels = torch.randn(4, 3, 16, 16), torch.randint(5, (4,))
+prompts = torch.cat([torch.randint(2, 99, (5, 6)), torch.full((5, 1), 99)], 1)  # those of five classes
+model.train()
+for k in range(3):
+    out = model(pixel_values=images, input_ids=prompts, attention_mask=torch.ones_like(prompts))
+    torch.nn.functional.cross_entropy(out.logits_per_image, labels).backward()
+    optimizer.step()
+{step}    optimizer.zero_grad()
+
+adapter.save("adapter")
+"""
+"""The same for methods that fill class prompts."""
 CONFIG = "(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)"
 OTHERS = {"mamba": "(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=8)"}
 """What stands in the place of that configuration for methods of one architecture."""
@@ -231,10 +259,11 @@ def snippet(cls: type[Method]) -> str:
     if issubclass(cls, Companion):
         imports, call = imports | {"LoRA"}, f"[LoRA(), {call}]"
     step = PROBE if cls.probe is not Method.probe else STEP if cls.step is not Method.step else ""
-    text = DECODER if issubclass(cls, OF_DECODERS) else IMAGES if issubclass(cls, ON_IMAGES) else SNIPPET
+    families = {OF_DECODERS: DECODER, ContextMethod: DUAL, ON_IMAGES: IMAGES}
+    text = next((text for family, text in families.items() if issubclass(cls, family)), SNIPPET)
     if cls.architecture:
         text = DECODER.replace(CONFIG, OTHERS[cls.architecture]).replace("Llama", cls.architecture.capitalize())
-    text = text.format(imports=", ".join(sorted(imports)), call=call, step=step,
+    text = text.format(name=cls.__name__, imports=", ".join(sorted(imports)), call=call, step=step,
                        start=(START if text is SNIPPET else START_DECODER) if issubclass(cls, Calibrated) else "",
                        quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
                        stored=STORED.format(kind=cls.needs) if cls.needs else "")  # fmt: skip
@@ -257,6 +286,8 @@ def command_lines(cls: type[Method], counts: Counts) -> str:
         what = "state-spaces/mamba-130m-hf --data gutenberg"
     elif issubclass(cls, OF_DECODERS):
         what = "smollm2-135m-instruct --data gutenberg"
+    elif issubclass(cls, ContextMethod):
+        what = "lit-dinov2-small --data cifar10 --prompt 'a photo of a {}.'"
     elif issubclass(cls, ON_IMAGES):
         what = "dinov2-small --data cifar10 --image-size 70"
     train = f"inlay train --model {what} --method {method}{chosen} --output runs/{cls.name()}"

@@ -181,3 +181,37 @@ def test_two_processes_at_once(pip_index):
     tiny = entry("pypi", "tiny-wheel", "1.0", "tiny_wheel-1.0-py3-none-any.whl", content)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_fetch_in_child, [tiny, tiny]) == [content, content]
+
+
+def debian_package(files: dict[str, str]) -> bytes:
+    """An ar archive of two members, the second with the files."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"./usr/share/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    parts = {"debian-binary": b"2.0", "data.tar.xz": data.getvalue()}  # the first of odd length, so it is padded
+    made = b"!<arch>\n"
+    for name, content in parts.items():
+        made += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
+        made += content + b"\n" * (len(content) % 2)
+    return made
+
+
+def test_debian_package_is_read(cache):
+    content = debian_package({"tiny/data.txt": "eleven", "tiny/other.txt": "twelve"})
+    archive = entry("debian", "tiny", "1.0-1", "tiny_1.0-1_all.deb", content)
+    archive.path.parent.mkdir(parents=True, exist_ok=True)
+    archive.path.write_bytes(content)  # as put there by hand
+    assert dict(archives.read(archives.fetch(archive), r"data\.txt$")) == {"./usr/share/tiny/data.txt": b"eleven"}
+    hollow = archive.path.with_name("hollow.deb")
+    hollow.write_bytes(b"!<arch>\n")
+    with pytest.raises(ArchiveError, match="no Debian package"):
+        archives.read_one(hollow, "x")
+
+
+def test_debian_client_missing(monkeypatch, cache):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ArchiveError, match="needs the `apt-get` client"):
+        archives.fetch(entry("debian", "tiny", "1.0-1", "tiny_1.0-1_all.deb", b"x"))

@@ -14,6 +14,7 @@ WORDS = [
 ]  # fmt: skip
 CLASSES = ["cat", "tabby_cat", "dog", "red deer", "truck"]
 PROMPT = "a photo of a {}."
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FAMILIES = ("clip", "siglip", "bert")
 TEXT: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24,
@@ -39,7 +40,7 @@ def dual_model(family: str, width: int = 10) -> nn.Module:
             sizes = {"text_config": TEXT | {"projection_size": 12}, "vision_config": VISION}
             model = t.SiglipModel(t.SiglipConfig(**sizes))
         else:
-            vision, text = t.ViTModel(t.ViTConfig(**VISION)), t.BertModel(t.BertConfig(**TEXT))
+            vision, text = t.ViTModel(t.ViTConfig(**VISION)), t.BertModel(t.BertConfig(**TEXT, **STILL))
             model = t.VisionTextDualEncoderModel(vision_model=vision, text_model=text)
         for p in model.parameters():  # transformers draws some of these families' tensors small
             p.data += 0.2 * torch.randn_like(p) * (p.dim() > 0)

@@ -179,9 +179,9 @@ def states(text: Any, tokenizer: Any, names: list[str]) -> Tensor:
 def tune(model: Any, known: Known) -> None:
     """Let pooler and projections bring together a stamp and its caption, a photograph and the names it was given."""
     dense = model.text_model.pooler.dense
-    trained = [*dense.parameters(), model.text_projection.weight, model.visual_projection.weight, model.logit_scale]
-    slow: list[dict[str, Any]] = [{"params": list(dense.parameters()), "lr": RATE / 10}, {"params": trained[2:]}]
-    optimizer = torch.optim.AdamW(slow, lr=RATE, weight_decay=0.05)
+    fresh = [model.text_projection.weight, model.visual_projection.weight, model.logit_scale]
+    groups: list[dict[str, Any]] = [{"params": list(dense.parameters()), "lr": RATE / 10}, {"params": fresh}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.05)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20) * (1 - i / STEPS))
 
     def read(x: Tensor) -> Tensor:
