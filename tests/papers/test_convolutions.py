@@ -28,6 +28,7 @@ REFUSALS: dict[str, tuple[set[tuple[str, str]], str]] = {
     "ETHER(blocks=2, side='output')": (GROUPED, r"features in (32|96) groups, which leaves no two of them to mix"),
     "ETHERPlus": (GROUPED, r"features in (32|96) groups, which leaves no two of them to mix"),
     "ETHERPlus(blocks=2, side='input')": (set(), ""),
+    "SCT": ({*GROUPED, ("resnet50", "grouped")}, r"would mix the outputs of different groups of 'layers\.\w+'"),
     "RoAd": (GROUPED, r"RoAd would mix the outputs of different groups of 'layers\.\w+', which see different channels"),
 }
 """Beginning of a method's label (the longest that fits counts): layers, reason."""

@@ -80,6 +80,13 @@ def test_losses(net, method):
         model(**{k: t for k, t in given.items() if k != "choices"})
 
 
+def test_other_layouts_are_refused():
+    model, given = nets.llama().eval(), batch()
+    inlay.adapt(model, [IA3(), TFew()])
+    with pytest.raises(AdapterError, match=r"choices \(5, 6\) and logits \(5, 7, 32\) must be of one place"):
+        model(**given | {"choices": given["choices"][:, 1:]})
+
+
 def test_gradients_are_those_of_the_sum():
     model, given = nets.llama().eval(), batch()
     piece = inlay.adapt(model, [IA3(), TFew()])

@@ -157,9 +157,14 @@ def _choices(rows: Rows, tokenizer: Any, template: str, length: int) -> tuple[Ch
     whole = [rows for rows, chats in zip(examples, each, strict=True) if len(rows) == len(chats)]
     if not whole:
         raise DataError(f"No row keeps a token of every answer within {length} tokens; raise max_length.")
-    dropped = len(each) - len(whole)
-    note = f"{dropped} of {len(each)} rows dropped, of which an answer begins after {length} tokens" if dropped else ""
-    return ChoiceRows(whole), note
+    parts = []
+    if len(whole) < len(each):
+        parts.append(
+            f"{len(each) - len(whole)} of {len(each)} rows dropped, an answer of which begins after {length} tokens"
+        )
+    if encoded.cut:
+        parts.append(f"{encoded.cut} answers cut short at {length} tokens")
+    return ChoiceRows(whole), "; ".join(parts)
 
 
 def _documents(rows: Rows, tokenizer: Any, length: int) -> tuple[TokenRows, str]:

@@ -28,7 +28,7 @@ class Compacter(Bottleneck):
 
     paper: ClassVar[str] = "Karimi Mahabadi et al. 2021, arXiv 2106.04647"
     where: ClassVar[tuple[str, ...]] = ("attn.o", "mlp.down")
-    learning_rate: ClassVar[float] = 2e-2
+    learning_rate: ClassVar[float] = 5e-3
     shares: ClassVar[bool] = True
 
     r: int = option(default=24, doc="bottleneck width, a multiple of n", low=1)
