@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test test-all results lint types docs docs-check setup setup-dev clean
+.PHONY: demo test test-all results proxy lint types docs docs-check setup setup-dev clean
 
 demo: setup
 	$(BIN)/inlay compare recipes/demo.yaml
@@ -24,6 +24,10 @@ test-all: setup-dev
 # every method on five real tasks: hours, but what is trained is kept and never trained again
 results: setup
 	$(BIN)/python benchmarks/methods.py
+
+# a small tuned and untuned pair steers a larger frozen decoder: about a quarter of an hour on one quiet core
+proxy: setup
+	$(BIN)/python benchmarks/proxy.py
 
 lint: setup-dev
 	$(BIN)/ruff check .
