@@ -152,16 +152,16 @@ def batches(work: Work) -> Iterator[dict[str, Tensor]]:
         yield work.batch("test", rows[start : start + PIECE])
 
 
-def scored(work: Work, speak: Callable[[dict[str, Tensor], Tensor], Tensor]) -> dict[str, float | None]:
+def scored(work: Work, speak: Callable[[dict[str, Tensor], Tensor], Tensor]) -> dict[str, Any]:
     """Loss, perplexity and accuracy of the answers' tokens; `speak` gives log-probabilities at the places asked for."""
     loss, right, count = 0.0, 0.0, 0
     began = time.process_time()
     for batch in batches(work):
         goals = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
         at = goals != -100
-        found = speak(batch, at)
-        loss += float(F.nll_loss(found, goals[at], reduction="sum"))
-        right += float((found.argmax(-1) == goals[at]).sum())
+        log_p = speak(batch, at)
+        loss += float(F.nll_loss(log_p, goals[at], reduction="sum"))
+        right += float((log_p.argmax(-1) == goals[at]).sum())
         count += int(at.sum())
     mean, seconds = loss / count, round(time.process_time() - began, 1)
     found = {"token_accuracy": round(right / count, 4), "tokens": count, "cpu_seconds": seconds}

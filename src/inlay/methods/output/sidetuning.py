@@ -68,8 +68,8 @@ class SideTuning(SideMethod):
         else:
             self.side = SequenceNetwork(trunk.width_in, trunk.width, self.r, self.depth, self.heads, trunk.causal)
         if self.init == "zero":
-            nn.init.zeros_(self.side.leave.weight)
-            nn.init.zeros_(self.side.leave.bias)
+            for p in self.side.leave.parameters():
+                nn.init.zeros_(p)
         typed(self.side, site.dtype)
         if self.blend == "learned":
             self.a = nn.Parameter(torch.tensor(math.log(self.alpha / (1 - self.alpha)), dtype=site.dtype))
