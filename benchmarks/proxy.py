@@ -197,7 +197,6 @@ def measured() -> dict[str, Any]:
         "base + proxy-tuning, α = 0.5": fused(fusion(inlay.ProxyTuning(), 0.5)),
         "base + proxy-tuning, α = 1": fused(fusion(inlay.ProxyTuning())),
         "base + DExperts, top-p 0.99, α = 1": fused(fusion(inlay.DExperts(top_p=0.99))),
-        "base + dynamic fusion": fused(fusion(inlay.DynamicFusion())),
         "base, tuned directly (LoRA)": plain(direct),
     }  # fmt: skip
     for name, speak in rows.items():
