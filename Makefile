@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test test-all results lit mamba lint types docs docs-check setup setup-dev clean
+.PHONY: demo test test-all results lit mamba proxy lint types docs docs-check setup setup-dev clean
 
 demo: setup
 	$(BIN)/inlay compare recipes/demo.yaml
@@ -35,6 +35,10 @@ mamba: setup
 lit: setup
 	$(BIN)/inlay models fetch lit-mobilenetv2
 	$(BIN)/inlay models fetch lit-dinov2-small
+
+# a small tuned and untuned pair steers a larger frozen decoder: about a quarter of an hour on one quiet core
+proxy: setup
+	$(BIN)/python benchmarks/proxy.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

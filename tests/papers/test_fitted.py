@@ -106,7 +106,7 @@ def weights(found: Trained) -> dict[str, Tensor]:
 def test_convex_probe_of_a_regression(tiny, tmp_path):
     data = make_data(tmp_path / "scores", regression=True)
     found = fitted(tiny, tmp_path / "a", "linearprobe(solver='convex')", data=data)
-    scores = [float(line.rsplit(",", 1)[1]) for line in (tmp_path / "scores" / "test.csv").read_text().split()[1:]]
+    scores = [float(line.rsplit(",", 1)[1]) for line in (tmp_path / "scores" / "test.csv").read_text().splitlines()[1:]]
     assert found.metrics["mse"] < float(torch.tensor(scores).var()) * 1.2
     assert found.metrics["pearson"] > 0.2
 

@@ -22,6 +22,11 @@ class Features:
     """Class numbers (rows,), or values where the task is a regression."""
 
 
+def vectors(x: Tensor) -> Tensor:
+    """What enters a head as vectors: a map of a single place (batch, channels, 1, 1) is one."""
+    return x.flatten(1) if x.dim() > 2 and x.shape[2:].numel() == 1 else x
+
+
 class Fitted(HiddenMethod):
     """Fitted in one go to the features of all training rows; its only place, if any, is the task head."""
 

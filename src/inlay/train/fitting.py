@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from inlay.core.adapter import Adapter
 from inlay.core.checkpoint import TENSORS
 from inlay.core.errors import OptionError, SiteError
-from inlay.core.fitted import Features, Fitted
+from inlay.core.fitted import Features, Fitted, vectors
 from inlay.core.head import Head
+from inlay.core.mount import Level
 from inlay.evaluate.predict import measure
 from inlay.recipe import Recipe
 from inlay.train.about import about
@@ -50,14 +52,16 @@ class Fit:
         self.progress.start(self.recipe.label(), 1, 0)
         began = time.perf_counter()
         train, validation = (self.features(split) for split in ("train", "validation"))
-        self.method.solve(train, validation, [level for level in self.adapter.levels if isinstance(level.method, Head)])
+        head = [level for level in self.adapter.levels if isinstance(level.method, Head)]
+        self.method.solve(train, validation, head)
+        check_affine(self.source, head)
         self.seconds = time.perf_counter() - began
         self.peak = self.memory() + train.x.nbytes + validation.x.nbytes
 
     def features(self, split: str) -> Features:
         if split not in self.source.features:
             self.source.compute(split)
-        return Features(self.source.features[split], self.source.labels[split])
+        return Features(vectors(self.source.features[split]), self.source.labels[split])
 
     @torch.no_grad()
     def memory(self) -> int:
@@ -98,9 +102,22 @@ def source_of(work: Work, adapter: Adapter, method: Fitted) -> HeadOnly:
     source = HeadOnly(work, work.model.get_submodule(adapter.head[0]))
     with torch.no_grad():
         x = source.seen(work.batch("train", [0]))[0]
-    if x.dim() != 2 or not source.holds():
+    if vectors(x).dim() != 2 or not source.holds():
         raise SiteError(
             f"{method.label()} needs one vector of features a row, and '{adapter.head[0]}' of "
             f"{type(work.model).__name__} reads something else"
         )
     return source
+
+
+@torch.no_grad()
+def check_affine(source: HeadOnly, head: list[Level]) -> None:
+    """SiteError where a fitted head does more with its features than W x + b."""
+    values = {level.site.param: level.method.value for level in head if isinstance(level.method, Head)}
+    if not values:
+        return
+    batch = source.batch("train", list(range(min(8, len(source.labels["train"])))))
+    expected = F.linear(vectors(batch["features"]), values["weight"], values["bias"])
+    found = source.forward(batch).logits
+    if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise SiteError("the convex solver fits one linear layer, and this head does more: use solver='gradient'")

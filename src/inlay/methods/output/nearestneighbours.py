@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.core.errors import SiteError
-from inlay.core.fitted import Features, Fitted
+from inlay.core.fitted import Features, Fitted, vectors
 from inlay.core.method import option, register
 from inlay.core.mount import Level
 from inlay.core.sites import Site
@@ -57,6 +57,7 @@ class NearestNeighbours(Fitted):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.rows:
             return y
+        x = vectors(x)
         if x.shape[:-1] != y.shape[:-1] or x.shape[-1] != self.width:
             raise SiteError(
                 f"{self.label()} compares vectors of {self.width} features, one for each answer; '{self.site.path}' "

@@ -35,6 +35,9 @@ class SideTuning(SideMethod):
     r: int = option(default=64, doc="width of S", low=1)
     depth: int = option(default=2, doc="layers of S", low=1)
     heads: int = option(default=4, doc="attention heads of S, beside sequences", low=1)
+    init: Literal["random", "zero"] = option(
+        default="random", doc="random: S as drawn; zero: its last layer at zero, so that y starts as α B(x)"
+    )
     blend: Literal["learned", "fixed", "linear", "hyperbolic"] = option(
         default="learned",
         doc="α = σ(a) with a trained; `alpha` all along; from `alpha` to `end` over the run; k/(k + N)",
@@ -59,11 +62,14 @@ class SideTuning(SideMethod):
 
     def build(self, site: Site) -> None:
         trunk = self.trunk
-        self.side: nn.Module
+        self.side: MapNetwork | SequenceNetwork
         if trunk.of_maps:
             self.side = MapNetwork(trunk.width_in, trunk.width, self.r, self.depth)
         else:
             self.side = SequenceNetwork(trunk.width_in, trunk.width, self.r, self.depth, self.heads, trunk.causal)
+        if self.init == "zero":
+            for p in self.side.leave.parameters():
+                nn.init.zeros_(p)
         typed(self.side, site.dtype)
         if self.blend == "learned":
             self.a = nn.Parameter(torch.tensor(math.log(self.alpha / (1 - self.alpha)), dtype=site.dtype))
