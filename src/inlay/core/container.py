@@ -415,7 +415,7 @@ class Inlay(nn.Module):
             if output is not None and acting & set(self.state.mounts[path].levels):
                 raise AdapterError(
                     f"'{path}' was not called in this forward: other code (a fused kernel) read its tensors, past the "
-                    "method there. Switch the kernel off (mamba_ssm's is not used with a cache, nor in eval mode)"
+                    "method there. Switch the kernel off; one that is for training alone rests in eval mode"
                 )
         self.remember(output)
         if self.routes is None or output is None or kwargs.get("encoder_outputs") is not None:
