@@ -27,7 +27,7 @@ class StateOffset(HiddenMethod):
     where: ClassVar[tuple[str, ...]] = ("mixer.out",)
     architecture: ClassVar[str] = "mamba"
     hears: ClassVar[tuple[str, ...]] = ("mixer.z", "mixer.C")
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
 
     offset: Literal["h", "y"] = option(default="h", doc="what is moved: the state, or the output before the gate")
     r: int = option(default=0, doc="rank of h′ = B A, B (d_inner, r) at zero and A (r, N); 0: h′ in full", low=0)
