@@ -73,8 +73,8 @@ def write(folder: Path, **splits: list[str]) -> None:
         write_text(folder / f"{split}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in found))
 
 
-def novels() -> inlay.data.Data:
-    return inlay.data.load(str(RUN / "novels"), task="causal-lm")
+def read(name: str) -> inlay.data.Data:
+    return inlay.data.load(str(RUN / name), task="causal-lm")
 
 
 # ---------------------------------------------------------------------- the model
@@ -92,7 +92,7 @@ def untrained() -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
     )
-    pieces.train_from_iterator(novels().splits["train"].column("text"), trainer)
+    pieces.train_from_iterator(read("novels").splits["train"].column("text"), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<end>", pad_token="<end>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -122,10 +122,10 @@ def pretrain() -> None:
 
 
 # ---------------------------------------------------------------------- what it has learnt
-def rows(split: str) -> list[Tensor]:
-    prepared = inlay.data.prepare(novels(), inlay.models.open(RUN / "model").processor, max_length=ROW)
-    found = [prepared.splits[split][i]["input_ids"] for i in range(len(prepared.splits[split]))]
-    return [ids for ids in found if len(ids) == ROW]
+def rows(name: str, split: str, length: int) -> list[Tensor]:
+    """The whole rows of so many tokens."""
+    data = inlay.data.prepare(read(name), inlay.models.open(RUN / "model").processor, max_length=length).splits[split]
+    return [ids for i in range(len(data)) if len(ids := data[i]["input_ids"]) == length]
 
 
 @torch.no_grad()
@@ -137,7 +137,8 @@ def loss(model: Any, batch: list[Tensor]) -> float:
 
 def publish(seconds: float, steps: int) -> None:
     """The table of losses on a book by an author that training has not seen."""
-    model, test, seen = inlay.models.open(RUN / "model", "causal-lm").model, rows("test"), rows("train")
+    model = inlay.models.open(RUN / "model", "causal-lm").model
+    test, seen = (rows("novels", split, ROW) for split in ("test", "train"))
     counts = torch.bincount(torch.cat(seen), minlength=VOCABULARY) + 1.0
     unigram = -(counts / counts.sum()).log()
     generator = torch.Generator().manual_seed(0)
@@ -156,8 +157,8 @@ def publish(seconds: float, steps: int) -> None:
         "# A small Mamba, made here",
         "",
         f"{settings['parameters']:,} parameters, {steps} steps of {TRAINING['batch']} rows of {ROW} tokens of novels",
-        f"(Austen, Chesterton, Bryant), {seconds:.0f} s. Loss of a token in nats, on {len(test)} rows of *Alice's",
-        "Adventures in Wonderland*, an author that training has not seen:",
+        f"(Austen, Chesterton, Bryant), {seconds:.0f} s of wall time. Loss of a token in nats, on {len(test)} rows of",
+        "*Alice's Adventures in Wonderland*, whose author training has not seen:",
         "",
         "| prediction from | loss |",
         "|---|--:|",
@@ -170,22 +171,23 @@ def publish(seconds: float, steps: int) -> None:
 # ---------------------------------------------------------------------- adapting it
 def adapt() -> None:
     """The comparison of `recipes/mamba.yaml`: what is trained already is not trained again."""
-    result = compare(load_recipe(ROOT / "recipes" / "mamba.yaml", CompareRecipe))
+    recipe = load_recipe(ROOT / "recipes" / "mamba.yaml", CompareRecipe)
+    assert recipe.max_length is not None
+    base = loss(inlay.models.open(RUN / "model", "causal-lm").model, rows("plays", "test", recipe.max_length))
+    result = compare(recipe)
     write_json(replace(result, cells=[replace(cell, curve=[]) for cell in result.cells]), RESULTS / "results.json")
     write_csv(result, RESULTS / "results.csv")
-    notes = "\n".join(f"- {note}" for note in result.notes)
+    notes = "\n".join(f"- {note}" for note in [*result.notes, f"the base as it is: perplexity {math.exp(base):.1f}"])
     write_text(RESULTS / "table.md", f"# {result.title}\n\n{markdown(result)}\n{notes}\n")
 
 
 # ---------------------------------------------------------------------- how SDT chooses
 def choice(steps: int = 60, batches: int = 8) -> None:
     """SDT's importance of channels from summed gradients, against the paper's: the change in a warm-up with AdamW."""
-    data = inlay.data.load(str(RUN / "plays"), task="causal-lm")
-    opened = inlay.models.open(RUN / "model", "causal-lm")
-    prepared = inlay.data.prepare(data, opened.processor, max_length=64)
-    order = torch.randperm(len(prepared.splits["train"]), generator=torch.Generator().manual_seed(0))
-    fed = [prepared.collate([prepared.splits["train"][int(i)] for i in part]) for part in order.split(8)]
-    model: Any = opened.model
+    model: Any = inlay.models.open(RUN / "model", "causal-lm").model
+    ids = torch.stack(rows("plays", "train", 64))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    fed = [{"input_ids": ids[part], "labels": ids[part]} for part in order.split(8)]
     chosen = {}
     blocks = [block.mixer for block in model.backbone.layers]
     for count in (batches, 4 * batches):

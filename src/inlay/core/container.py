@@ -459,7 +459,7 @@ class Inlay(nn.Module):
             if output is not None and acting & set(self.state.mounts[path].levels):
                 raise AdapterError(
                     f"'{path}' was not called in this forward: other code (a fused kernel) read its tensors, past the "
-                    "method there. Switch the kernel off (mamba_ssm's is not used with a cache, nor in eval mode)"
+                    "method there. Switch the kernel off; one that is for training alone rests in eval mode"
                 )
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -49,6 +49,9 @@ class Method(nn.Module, ABC):
     """The kind of quantised base without which there is nothing to train, as in `quantize: int4`; empty: any base."""
     architecture: ClassVar[str] = ""
     """The architecture (a configuration's `model_type`) without which there is nothing to act on; empty: any."""
+    hears: ClassVar[tuple[str, ...]] = ()
+    """Places whose outputs it reads in the running forward with `site.heard`, as they run before its own module: of its
+    site's block (`mixer.z`), or by any pattern where the site is in none."""
     learning_rate: ClassVar[float] = 1e-3
     """A rate (AdamW, batch 32, a base of some 10⁷ to 10⁸ parameters) at which defaults learn; the user's rate wins."""
 
@@ -97,11 +100,6 @@ class Method(nn.Module, ABC):
 
     def beside(self) -> tuple[Placement, ...]:
         """Methods that belong to this one at places of their own, attached and saved with it; none by default."""
-        return ()
-
-    def hears(self) -> tuple[str, ...]:
-        """Places whose outputs it reads in the running forward, with `site.heard`: of its site's block (`mixer.z`), or
-        by any pattern where the site is in none (`block[:]`); they have run before its own module does."""
         return ()
 
     def acts_at(self, site: Site) -> bool:

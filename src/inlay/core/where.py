@@ -185,7 +185,7 @@ class Finder:
         """The places whose outputs a method hears: those of its site's block, or of the model where it is in none."""
         found: dict[str, Source] = {}
         block = re.match(r".*?block\[\d+\]\.", site.name)
-        for name in method.hears():
+        for name in method.hears:
             parts = self.anatomy.match(f"{block[0]}{name}" if block else name)
             if not parts:
                 near_it = f"the block of '{site.path}'" if block else f"this {type(self.model).__name__}"

@@ -26,13 +26,11 @@ class StateOffset(HiddenMethod):
     paper: ClassVar[str] = "Kang et al. 2025, arXiv 2503.03499"
     where: ClassVar[tuple[str, ...]] = ("mixer.out",)
     architecture: ClassVar[str] = "mamba"
-    learning_rate: ClassVar[float] = 1e-2
+    hears: ClassVar[tuple[str, ...]] = ("mixer.z", "mixer.C")
+    learning_rate: ClassVar[float] = 3e-2
 
     offset: Literal["h", "y"] = option(default="h", doc="what is moved: the state, or the output before the gate")
     r: int = option(default=0, doc="rank of h′ = B A, B (d_inner, r) at zero and A (r, N); 0: h′ in full", low=0)
-
-    def hears(self) -> tuple[str, ...]:
-        return ("mixer.z", "mixer.C") if self.offset == "h" else ("mixer.z",)
 
     def build(self, site: Site) -> None:
         if not site.role("mixer.out"):
@@ -46,8 +44,9 @@ class StateOffset(HiddenMethod):
 
     def sizes(self, site: Site) -> tuple[int, int]:
         """(d_inner, N); N is 1 where no state is moved."""
-        states = site.hears["mixer.C"].rows if self.offset == "h" else None
-        return site.d_in, 1 if states is None else states.count
+        states = site.hears["mixer.C"].rows
+        assert states is not None
+        return site.d_in, states.count if self.offset == "h" else 1
 
     def count(self, site: Site) -> int:
         """d_inner·N for h′, r (d_inner + N) where it has a rank, d_inner for y′."""
