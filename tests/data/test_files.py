@@ -295,7 +295,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(
         DataError, match=r"needs a column for messages, or prompt and answer, or text alone\. The columns"
     ):
-        inlay.data.load(path, task="causal-lm")
+        inlay.data.load(csv_of(tmp_path / "b.csv", [{"left": "a", "right": "b"}]), task="causal-lm")
     with pytest.raises(DataError, match="image-classification needs a column for image"):
         inlay.data.load(path, task="image-classification")
     (tmp_path / "a.xlsx").write_bytes(b"")

@@ -34,10 +34,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many batches each calibration was given."""
     counts: list[int] = []
 
-    def counted(model, batches, progress):
+    def counted(model, batches, loss, progress):
         batches = list(batches)
         counts.append(len(batches))
-        return inlay.calibrate(model, batches, progress=progress)
+        return inlay.calibrate(model, batches, loss=loss, progress=progress)
 
     monkeypatch.setattr(loop, "calibrate", counted)
     return counts

@@ -466,21 +466,22 @@ class Inlay(nn.Module):
         self.state.running = False
         self.state.call.cache = None  # it may be large, and is the caller's
         self.check_asked(output)
-        output = self.with_added(args, kwargs, output)
-        self.remember(output)
+        changed = self.with_added(args, kwargs, output)
+        self.remember(output if changed is None else changed)
         self.check_served(kwargs, output)
-        return output
+        return changed
 
     def with_added(self, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The model's output with what companions add to its loss, where it has one that may be trained on."""
+        """The model's output with what companions add to a loss that may be trained on; None where they add nothing."""
         given = dict(zip(self.state.arguments, args, strict=False)) | kwargs
         if given.get("labels") is None or not torch.is_grad_enabled() or output is None:
-            return output
+            return None
+        changed = None
         for companion in self.companions():
             term = companion.added({**given, "choices": self.state.call.choices}, output)
             if term is not None:
-                output = replace_first_output(output, output[0] + term)
-        return output
+                changed = output = replace_first_output(output, output[0] + term)
+        return changed
 
     def check_served(self, kwargs: dict, output: Any) -> None:
         """RouteError where rows were routed to an adapter past whose tensors the forward went."""
