@@ -16,7 +16,7 @@ from inlay.core.where import Finder
 from inlay.models.quantise import quantise
 from inlay.plan import fake, skeleton
 
-ARCHITECTURES = ("roberta-base", "gpt2-medium", "llama-7b", "vit-base", "clip-vit-b16")
+ARCHITECTURES = ("roberta-base", "gpt2-medium", "llama-7b", "vit-base", "resnet50", "clip-vit-b16")
 OWN = {"mamba": "mamba-130m"}
 """Where methods for one architecture are counted instead, by its `model_type`."""
 
