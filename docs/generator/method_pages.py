@@ -145,6 +145,34 @@ adapter.save("adapter")
 CONFIG = "(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)"
 OTHERS = {"mamba": "(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=8)"}
 """What stands in the place of that configuration for methods of one architecture."""
+FITTED = """\
+from inlay.recipe import Recipe
+from inlay.train import train
+
+recipe = Recipe(
+    model="minilm",
+    data="trec",
+    method="{plain}",
+    limit={{"train": 200, "validation": 20, "test": 50}},
+    base_dropout=False,
+    output="adapter",
+)
+trained = train(recipe)  # fitted to the features of the training rows, nothing is trained by steps
+print(trained.metrics)
+"""
+"""The same for methods that are fitted at once."""
+CHOICES = """\
+ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])  # a question of three tokens, its right answer and a wrong one
+labels = torch.tensor([[-100, -100, -100, 8], [-100, -100, -100, -100]])
+choices = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 1]])  # which tokens answer question 1
+"""
+"""Batches for methods that compare answers."""
+SHAPES = "image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64"
+CONVOLUTIONS = {
+    "ViT": "ResNet",
+    SHAPES: 'embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2',
+}
+"""What makes the snippet for images one for networks of convolutions."""
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"
 STORED = 'quantise(model, "{kind}", head=["classifier"])\n'
 PROBE = "    inlay.step(model, (k + 1) / 3, optimizer, lambda: model(input_ids=ids, labels=labels).loss)\n"
@@ -263,7 +291,16 @@ def snippet(cls: type[Method]) -> str:
     text = next((text for family, text in families.items() if issubclass(cls, family)), SNIPPET)
     if cls.architecture:
         text = DECODER.replace(CONFIG, OTHERS[cls.architecture]).replace("Llama", cls.architecture.capitalize())
-    text = text.format(name=cls.__name__, imports=", ".join(sorted(imports)), call=call, step=step,
+    elif cls.where == ("conv",):
+        text = IMAGES
+        for before, after in CONVOLUTIONS.items():
+            text = text.replace(before, after)
+    elif cls.answers:
+        text = FITTED
+    elif issubclass(cls, Companion) and cls.added is not Companion.added:
+        text = DECODER.replace("ids = torch.randint(100, (2, 64))\n", CHOICES)
+        text = text.replace("labels=ids)", "labels=labels, choices=choices)")
+    text = text.format(name=cls.__name__, plain=call.lower(), imports=", ".join(sorted(imports)), call=call, step=step,
                        start=(START if text is SNIPPET else START_DECODER) if issubclass(cls, Calibrated) else "",
                        quantise="from inlay.models.quantise import quantise\n" if cls.needs else "",
                        stored=STORED.format(kind=cls.needs) if cls.needs else "")  # fmt: skip

@@ -147,6 +147,21 @@ class Rotated(Intervention):
         return orthonormal(self.A)
 
 
+class Biased(Rotated):
+    """An intervention along orthonormal directions whose only other tensor is b (sets, r)."""
+
+    init: Literal["zero", "paper"] = option(default="zero", doc="zero: b = 0; paper: b uniform in (0, 1), as in pyreft")
+
+    def build(self, site: Site) -> None:
+        self.turned(site)
+        b = torch.rand(self.sets, self.r) if self.init == "paper" else torch.zeros(self.sets, self.r)
+        self.b = nn.Parameter(b.to(site.dtype))
+
+    def count(self, site: Site) -> int:
+        """r·d + r per set."""
+        return self.sets * (self.r * self.features(site) + self.r)
+
+
 class Free(Intervention):
     """An intervention by two matrices W₁ and W₂ (r, d) without constraints."""
 
