@@ -39,7 +39,7 @@ def test_stories(method: Any, tmp_path: Any) -> None:
     target = tokenizer(TARGET, return_tensors="pt").input_ids
     optimizer = torch.optim.AdamW(adapter.parameters(), method.learning_rate)
     losses = []
-    for _ in range(12):
+    for _ in range(16):
         loss = model(target, labels=target).loss
         optimizer.zero_grad()
         loss.backward()

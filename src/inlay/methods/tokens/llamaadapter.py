@@ -23,7 +23,7 @@ class LLaMAAdapter(SideAttentionMethod):
 
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2303.16199"
     where: ClassVar[tuple[str, ...]] = ("attn",)
-    learning_rate: ClassVar[float] = 9e-3
+    learning_rate: ClassVar[float] = 3e-3
 
     gate: Literal["tanh", "plain"] = option(
         default="tanh", doc="tanh(g) with g per head, or as PEFT has it g itself, one number per layer"
