@@ -167,7 +167,7 @@ class Run:
                 told = time.perf_counter()
 
         with work.computing():
-            named = {} if work.prepared.prompt is None else {"loss": of_the_right_class}
+            named: dict[str, Any] = {} if work.prepared.prompt is None else {"loss": of_the_right_class}
             found = calibrate(self.model, batches, progress=tell, **named)
         self.progress.say(str(found))
         self.state.seconds += found.seconds
