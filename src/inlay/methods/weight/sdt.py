@@ -29,7 +29,8 @@ class SDT(Calibrated, WeightMethod):
     A number's importance is the square of what training would change of log A: `inlay.calibrate` sums its gradients
     over some batches, as a plain gradient descent would; a channel's is the sum over its states. The paper takes the
     change after a warm-up of some hundred AdamW steps, in which LoRA learns as well, and trains anew from there; here
-    nothing has to be undone, and the choice differs. Without calibration channels are spread evenly and their slowest states taken.
+    nothing has to be undone, and the choice differs. Without calibration channels are spread evenly and their slowest
+    states taken.
     """
 
     kind: ClassVar[str] = "weight"
