@@ -29,14 +29,15 @@ class SDT(Calibrated, WeightMethod):
     A number's importance is the square of what training would change of log A: `inlay.calibrate` sums its gradients
     over some batches, as a plain gradient descent would; a channel's is the sum over its states. The paper takes the
     change after a warm-up of some hundred AdamW steps, in which LoRA learns as well, and trains anew from there; here
-    nothing has to be undone. Without calibration channels are spread evenly and their slowest states taken.
+    nothing has to be undone, and the choice differs. Without calibration channels are spread evenly and their slowest
+    states taken.
     """
 
     kind: ClassVar[str] = "weight"
     paper: ClassVar[str] = "Galim et al. 2024, arXiv 2410.09016"
     where: ClassVar[tuple[str, ...]] = (STATE, *PROJECTIONS)
     architecture: ClassVar[str] = "mamba"
-    learning_rate: ClassVar[float] = 4e-3
+    learning_rate: ClassVar[float] = 3e-2
     wants_gradient: ClassVar[bool] = True
 
     freeze_channels: float = option(default=0.99, doc="share of the channels that stay as they are", low=0.0, high=1.0)
