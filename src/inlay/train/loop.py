@@ -176,8 +176,8 @@ class Run:
                 told = time.perf_counter()
 
         with work.computing():
-            named: dict[str, Any] = {} if work.prepared.prompt is None else {"loss": of_the_right_class}
-            found = calibrate(self.model, batches, progress=tell, **named)
+            loss = None if work.prepared.prompt is None else of_the_right_class
+            found = calibrate(self.model, batches, loss=loss, progress=tell)
         self.progress.say(str(found))
         self.state.seconds += found.seconds
 
