@@ -30,6 +30,18 @@ def test_one_method_shows_its_options(run):
     assert "2106.09685" in out
 
 
+def test_plan_of_rows_of_which_one_has_no_place(run, tmp_path):
+    recipe = tmp_path / "rows.yaml"
+    recipe.write_text("{model: minilm, data: x, methods: [lora, llamaadapter]}", encoding="utf-8")
+    first, second = json.loads(run("plan", str(recipe), "--no-memory", "--json")[1])
+    assert first["adapter_parameters"] == 73_728
+    assert "has no causal attention" in second["refused"]
+    recipe.write_text("{model: minilm, data: x, methods: [longlora, llamaadapter]}", encoding="utf-8")
+    status, _, error = run("plan", str(recipe), "--no-memory")
+    assert status == 2
+    assert "has no causal attention" in error
+
+
 def test_plan_of_the_vera_row(run):
     status, out, _ = run(
         "plan", "--arch", "roberta-base", "--method", "vera", "--set", "r=1024",

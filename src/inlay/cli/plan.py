@@ -10,7 +10,7 @@ from typing import Any
 from inlay.cli.arguments import Command, add_set, as_json, positive
 from inlay.cli.flags import add_fields, recipe_fields
 from inlay.cli.show import Render, facts, human, listing, show, size
-from inlay.core.errors import OptionError
+from inlay.core.errors import InlayError, OptionError
 from inlay.recipe import Recipe, Row, load_recipe, rows_at
 
 FIELDS = (
@@ -45,12 +45,23 @@ def plan(args: argparse.Namespace) -> None:
         recipe = load_recipe({"model": args.arch, "data": ""}, Recipe, given)
         rows = [Row(recipe.label(), [recipe.seed], recipe)]
     about_data = {"labels": args.labels} if args.labels else classes(rows[0].recipe)
-    plans = [{"label": row.label, **planned(row.recipe, args, about_data)} for row in rows]
-    if len(plans) > 1:
+    if len(rows) > 1:
+        plans = [tried(row, args, about_data) for row in rows]
+        if all("refused" in found for found in plans):
+            raise OptionError(plans[0]["refused"])
         show(args, plans, several(plans))
     else:
+        plans = [{"label": rows[0].label, **planned(rows[0].recipe, args, about_data)}]
         (found,) = plans
         show(args, found, facts({name: value for name, value in found.items() if name != "label"}))
+
+
+def tried(row: Row, args: argparse.Namespace, about_data: dict[str, Any]) -> dict[str, Any]:
+    """The plan of one row of several; one that has no place in the model says why, as its row of a comparison does."""
+    try:
+        return {"label": row.label, **planned(row.recipe, args, about_data)}
+    except InlayError as error:
+        return {"label": row.label, "refused": " ".join(str(error).split())}
 
 
 def planned(recipe: Recipe, args: argparse.Namespace, about_data: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +104,7 @@ def several(plans: list[dict[str, Any]]) -> Render:
     lines = [
         [p["label"], human("", p["adapter_parameters"]), human("", p["head_parameters"]), f"{p['share']:.3g} %",
          size(p["file_bytes"]), human("peak_bytes", p["peak_training_bytes"])]
+        if "refused" not in p else [p["label"], f"refused: {p['refused']}", "", "", "", ""]
         for p in plans
     ]  # fmt: skip
     return listing(columns, lines, right=tuple(columns[1:]))
