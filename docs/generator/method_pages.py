@@ -126,7 +126,8 @@ small = {{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 text = {{**small, "vocab_size": 100, "max_position_embeddings": 32, "eos_token_id": 99, "bos_token_id": 1}}
 vision = {{**small, "image_size": 16, "patch_size": 8}}
 model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))  # random; any pretrained one goes here
-adapter = inlay.adapt(model, {call})  # with real prompts: {name}(…).with_prompt("a photo of a {{}}.", tokenizer)
+# with real prompts: {name}(…).with_prompt("a photo of a {{}}.", tokenizer)
+adapter = inlay.adapt(model, {call})
 print(adapter)
 
 optimizer = inlay.optimizer(adapter)  # AdamW at the method's own rate
@@ -167,10 +168,12 @@ labels = torch.tensor([[-100, -100, -100, 8], [-100, -100, -100, -100]])
 choices = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 1]])  # which tokens answer question 1
 """
 """Batches for methods that compare answers."""
-SHAPES = "image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64"
+VIT = """(
+    image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+)"""
 CONVOLUTIONS = {
     "ViT": "ResNet",
-    SHAPES: 'embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2',
+    VIT: '(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)',
 }
 """What makes the snippet for images one for networks of convolutions."""
 STEP = "    inlay.step(model, (k + 1) / 3, optimizer)  # what the method does between steps\n"

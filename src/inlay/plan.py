@@ -171,13 +171,14 @@ def skeleton(config: Any, task: str, dtype: torch.dtype) -> nn.Module:
 
 def step_bytes(adapter: Adapter, config: Any, task: str, batch: int, length: int, checkpointing: bool) -> int:
     """Largest number of live bytes during one training step, the second or a later one."""
-    from inlay.train.measure import Watch
+    from inlay.train.measure import Watch, forward_memory
 
     model = adapter.model
     if checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     if not any(True for _ in adapter.parameters()):  # fitted to features, not trained
-        return forward_bytes(model, example(config, task, batch, length))
+        inputs = example(config, task, batch, length)
+        return forward_memory(lambda: model(**inputs), model, inputs)
     optimizer = adapter_optimizer(adapter)
     for p in adapter.parameters():  # its state is there from the second step on
         p.grad = torch.zeros_like(p)
@@ -198,16 +199,6 @@ def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs).loss
     labels = inputs.pop("labels")
     return of_the_right_class(model(**inputs), {"labels": labels})
-
-
-def forward_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Largest number of live bytes during one forward pass without a graph."""
-    from inlay.train.measure import Watch, resident, storages
-
-    live = Watch(storages([*model.parameters(), *model.buffers()]))
-    with live, torch.no_grad():
-        model(**inputs)
-    return resident(model) + live.peak
 
 
 def example(config: Any, task: str, batch: int, length: int) -> dict[str, Tensor]:

@@ -51,9 +51,8 @@ def plan(args: argparse.Namespace) -> None:
             raise OptionError(plans[0]["refused"])
         show(args, plans, several(plans))
     else:
-        plans = [{"label": rows[0].label, **planned(rows[0].recipe, args, about_data)}]
-        (found,) = plans
-        show(args, found, facts({name: value for name, value in found.items() if name != "label"}))
+        found = planned(rows[0].recipe, args, about_data)
+        show(args, {"label": rows[0].label, **found}, facts(found))
 
 
 def tried(row: Row, args: argparse.Namespace, about_data: dict[str, Any]) -> dict[str, Any]:

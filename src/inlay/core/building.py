@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,9 +19,6 @@ from inlay.core.sharded import is_sharded
 from inlay.core.sites import Site
 from inlay.core.stacking import compose
 from inlay.core.where import Finder, Pattern, matches
-
-if TYPE_CHECKING:
-    pass
 
 
 def build(

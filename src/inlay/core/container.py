@@ -230,7 +230,7 @@ class Inlay(nn.Module):
             tied = next((name for p, _, name in site.ties if p == path), None)
             here = site if tied is None else tied_site(site, path, module, tied)
             mount.levels.setdefault(adapter, []).append(Level(method, here))
-        for entry in (*(() if site.entry is None else (site.entry,)), *site.parts):
+        for entry in site.entrances:
             if (entry, site.path) not in self.spans:
                 span = Span(self.state)
                 span.handle = model.get_submodule(entry).register_forward_pre_hook(span.record, with_kwargs=True)
@@ -473,11 +473,14 @@ class Inlay(nn.Module):
 
     def with_added(self, args: tuple, kwargs: dict, output: Any) -> Any:
         """The model's output with what companions add to a loss that may be trained on; None where they add nothing."""
+        companions = self.companions()
+        if not companions or output is None or not torch.is_grad_enabled():
+            return None
         given = dict(zip(self.state.arguments, args, strict=False)) | kwargs
-        if given.get("labels") is None or not torch.is_grad_enabled() or output is None:
+        if given.get("labels") is None:
             return None
         changed = None
-        for companion in self.companions():
+        for companion in companions:
             term = companion.added({**given, "choices": self.state.call.choices}, output)
             if term is not None:
                 changed = output = replace_first_output(output, output[0] + term)

@@ -85,8 +85,7 @@ class Mount:
         levels = [level for stack in self.levels.values() for level in stack]
         if not levels and not self.ears:
             return
-        self.entries = {level.site.entry for level in levels if level.site.entry is not None}
-        self.entries |= {path for level in levels for path in level.site.parts}
+        self.entries = {path for level in levels for path in level.site.entrances}
         self.heard = self.sources()
         names = {level.site.param for level in levels if not isinstance(level.method, HiddenMethod)}
         names |= {level.site.bias_name for level in levels if level.method.acts_on_bias}

@@ -214,6 +214,11 @@ class Site:
 
     # ------------------------------------------------------------------ hidden sites
     @property
+    def entrances(self) -> list[str]:
+        """Paths of the modules whose inputs a method at a module's output reads besides that module's own."""
+        return [*([] if self.entry is None else [self.entry]), *self.parts]
+
+    @property
     def features(self) -> int:
         """Feature width of the site's output."""
         if self.width is not None:

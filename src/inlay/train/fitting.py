@@ -19,7 +19,7 @@ from inlay.evaluate.predict import measure
 from inlay.recipe import Recipe
 from inlay.train.about import about
 from inlay.train.frozen import HeadOnly
-from inlay.train.measure import Watch, resident, storages
+from inlay.train.measure import forward_memory
 from inlay.train.progress import Progress
 from inlay.train.state import write_json
 from inlay.work import Work
@@ -63,18 +63,14 @@ class Fit:
             self.source.compute(split)
         return Features(vectors(self.source.features[split]), self.source.labels[split])
 
-    @torch.no_grad()
     def memory(self) -> int:
         """Peak bytes of a forward pass over as many rows as a batch of training has, the longest ones."""
         lengths = self.work.lengths("train")
         rows = list(range(len(self.work.rows("train"))))
         rows.sort(key=lambda i: 0 if lengths is None else -lengths[i])
         batch = self.work.batch("train", rows[: self.recipe.batch])
-        model = self.work.model
-        watch = Watch(storages([*model.parameters(), *model.buffers(), *batch.values()]))
-        with watch, self.work.computing():
-            model(**batch)
-        return resident(model) + watch.peak
+        with self.work.computing():
+            return forward_memory(lambda: self.work.model(**batch), self.work.model, batch)
 
     def finish(self) -> dict[str, Any]:
         """Measure on validation and test rows and write everything; the numbers of `inlay.train.Trained`."""

@@ -74,6 +74,15 @@ def resident(model: nn.Module) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@torch.no_grad()
+def forward_memory(forward: Callable[[], Any], model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Peak bytes of a forward pass without a graph: what the model holds, and the largest sum of activations."""
+    watch = Watch(storages([*model.parameters(), *model.buffers(), *batch.values()]))
+    with watch:
+        forward()
+    return resident(model) + watch.peak
+
+
 def step_memory(
     forward: Callable[[], Tensor], model: nn.Module, batch: dict[str, Tensor], optimizer: AdamW
 ) -> tuple[int, int]:
