@@ -12,8 +12,9 @@ from inlay.core.active import activate, attached
 from inlay.core.calls import first_output
 from inlay.core.errors import MergeError
 from inlay.core.hosts import ConvHost, EmbeddingHost, NormHost, QuantisedHost, host_of
+from inlay.core.levels import Level, applies_matrix, has_closed_form, kept
 from inlay.core.method import ParameterMethod
-from inlay.core.mount import Level, Mount, applies_matrix, has_closed_form, kept
+from inlay.core.mount import Mount
 from inlay.core.quantised import Storage, dense, is_quantised, plain
 from inlay.core.rotary import Rotary
 from inlay.core.sharded import is_spread

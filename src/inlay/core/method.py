@@ -167,6 +167,12 @@ class Method(nn.Module, ABC):
         every = dict(self.named_parameters()) | self.states()
         return {name: t for name, t in every.items() if not name.startswith(inner)}
 
+    def tensor(self, name: str) -> Tensor:
+        """Its own tensor of that name, or what `torch.func.functional_call` has put in its place."""
+        found = getattr(self, name)
+        assert isinstance(found, Tensor)
+        return found
+
     def made_of(self) -> dict[str, Method]:
         """The methods among its options, by the option's name."""
         return {name: value for name, value in self.fields().items() if isinstance(value, Method)}
