@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from inlay.core.hosts import ConvHost
+from inlay.core.lean import PASS, Form, Gradients
+from inlay.core.leaves import Leaves
 from inlay.core.matrices import Dense
 from inlay.core.method import WeightMethod
 
 
 # ---------------------------------------------------------------------- maps
-class Map(ABC):
+class Map(Leaves, ABC):
     """A square matrix M that acts on the last axis. Factors keep their own type and are cast to that of the vectors."""
 
     @abstractmethod
@@ -65,6 +67,11 @@ class Blocks(Map):
 
     def transposed(self) -> Map:
         return Blocks(self.blocks.mT, self.order, self.back)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every block is one of its own and sees its coordinates as they lie."""
+        return self.order is None and self.blocks.shape[0] * self.blocks.shape[-1] > self.blocks.shape[-1]
 
 
 class Reflections(Map):
@@ -137,6 +144,32 @@ class Product(Map):
         return Product(*(one.transposed() for one in reversed(self.maps)))
 
 
+# ---------------------------------------------------------------------- the lean path
+class Turned(Form):
+    """W′ = W R with blocks R_i: the gradient of x passes through W x′ᵀ, x′ = R x, which is that of R as well."""
+
+    def __init__(self, R: Blocks) -> None:
+        self.R = R
+
+    def formed(self, W: Tensor) -> Tensor:
+        return self.R.transposed().of(W)  # rows: w ↦ w R
+
+    def backward(self, W: Tensor, x: Tensor, g: Tensor, y: Tensor | None, for_x: bool) -> Gradients:
+        blocks = self.R.blocks
+        turned = g @ W  # of x′
+        parts = [t.unflatten(-1, blocks.shape[:2]).transpose(0, 1) for t in (turned, x)]  # (blocks, n, b)
+        gradient = parts[0].mT @ parts[1]
+        return self.R.transposed().of(turned) if for_x else None, [gradient.to(blocks.dtype)]
+
+    def lean_flops(self, tokens: int) -> int:
+        n = self.R.blocks.shape[0] * self.R.blocks.shape[-1]
+        return 4 * tokens * self.R.blocks.numel() + PASS * tokens * 3 * n
+
+    def factored_flops(self, tokens: int) -> int:
+        n = self.R.blocks.shape[0] * self.R.blocks.shape[-1]
+        return 6 * tokens * self.R.blocks.numel() + PASS * tokens * 6 * n
+
+
 # ---------------------------------------------------------------------- families
 class FormedMethod(WeightMethod):
     """W′ = f(W) with no cheaper form than itself; of the site's matrix, so it comes first there."""
@@ -178,6 +211,12 @@ class TransformMethod(WeightMethod):
         if L is not None:
             wide = L.of(wide.mT).mT
         return wide.to(W.dtype)
+
+    def form(self) -> Form | None:
+        if not self.turns_input() or self.formed() or self.left() is not None:
+            return None
+        R = self.right()
+        return Turned(R) if isinstance(R, Blocks) and R.plain else None
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
         L = self.left() if self.turns_bias else None
