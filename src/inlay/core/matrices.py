@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,38 @@ class Dense(Matrix):
         return F.embedding(ids, self.D.T)
 
 
+def addmm(y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
+    """y + s h Bᵀ."""
+    return torch.addmm(y, h, B.T, alpha=s)
+
+
+class AddProduct(torch.autograd.Function):
+    """The same, in one pass over y under `torch.vmap` too, which takes an addmm apart."""
+
+    @staticmethod
+    def forward(y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
+        return addmm(y, h, B, s)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+        _, h, B, ctx.s = inputs
+        ctx.save_for_backward(h, B)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h, B = ctx.saved_tensors
+        _, for_h, for_B, _ = ctx.needs_input_grad
+        return g, (g @ B) * ctx.s if for_h else None, g.mT @ (h * ctx.s) if for_B else None, None
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], y: Tensor, h: Tensor, B: Tensor, s: float) -> tuple[Tensor, int]:
+        y, h, B = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((y, h, B), dims, strict=False)
+        )
+        return torch.baddbmm(y, h, B.mT, alpha=s), 0
+
+
 class LowRank(Matrix):
     """Δ = s · B A with B (d_out, r) and A (r, d_in)."""
 
@@ -141,7 +174,8 @@ class LowRank(Matrix):
         if x.dim() < 2 or x.is_nested:
             return y + self.apply(x)
         h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), h, self.B.to(x.dtype).T, alpha=self.scale).view(y.shape)
+        add = addmm if torch.compiler.is_compiling() else AddProduct.apply
+        return add(y.flatten(0, -2), h, self.B.to(x.dtype), self.scale).view(y.shape)
 
     def dense(self) -> Tensor:
         return self.scale * (self.B @ self.A)
