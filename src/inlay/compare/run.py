@@ -69,7 +69,9 @@ def collect(recipe: CompareRecipe, cells: list[Cell], opened: Any, workers: int)
     notes += [opened.opened.note] if opened.opened.note else []
     kept = {cell.method: cell.cache["kept"] for cell in cells if "kept" in cell.cache}
     if kept:
-        told = "; ".join(f"{what} ({', '.join(m for m in kept if kept[m] == what)})" for what in dict.fromkeys(kept.values()))
+        told = "; ".join(
+            f"{what} ({', '.join(m for m in kept if kept[m] == what)})" for what in dict.fromkeys(kept.values())
+        )
         notes.append(f"Computed once per row, so their seconds hold one pass through what lies below: {told}.")
     full = next((row.label for row in rows if isinstance(row.recipe.methods()[0], Full)), None)
     return Result(

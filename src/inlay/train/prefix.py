@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.active import attached
+from inlay.core.anatomy import anatomy
 from inlay.core.calls import first_output, tensors_in
 from inlay.core.modes import evaluating
-from inlay.core.trunks import trunks
+from inlay.core.trunks import labels, stack_of
 from inlay.evaluate.predict import Output, whole
 from inlay.train.frozen import STATES, Frozen, Reached, Say, reached
 from inlay.train.store import Pointless, Room, Unfit
@@ -114,17 +115,18 @@ def below(work: Work) -> tuple[list[nn.Module], int]:
 
     Pointless where there are none, or inlay knows no stack of blocks.
     """
-    model, stacks = work.model, trunks(work.model)
-    if work.prepared.prompt is not None or not stacks:
-        raise Pointless(f"inlay knows no one stack of blocks in {type(model).__name__} that everything passes")
-    inlay = attached(model)
+    known = anatomy(work.model)
+    stack = stack_of(known, labels(known)[0]) if known.n_blocks and work.prepared.prompt is None else ()
+    if not stack:
+        raise Pointless(f"inlay knows no one stack of blocks in {type(work.model).__name__} that everything passes")
+    inlay = attached(work.model)
     touched = {*inlay.state.mounts, *inlay.state.tokens, *(entry for entry, _ in inlay.spans)}
     begun, ended = times(work)
     lowest = min(next(begun[p] for p in outwards(path) if p in begun) for path in touched)
-    blocks = list(takewhile(lambda path: path in ended and ended[path] < lowest, stacks[0].blocks))
+    blocks = list(takewhile(lambda path: path in ended and ended[path] < lowest, stack))
     if not blocks:
         raise Pointless("no frozen block lies below the lowest adapted place")
-    return [model.get_submodule(path) for path in blocks], len(stacks[0].blocks)
+    return [work.model.get_submodule(path) for path in blocks], len(stack)
 
 
 @torch.no_grad()
