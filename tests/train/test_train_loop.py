@@ -408,7 +408,7 @@ def test_cached_features_give_what_the_whole_model_gives(
     cached = train(recipe(**fields, output=str(tmp_path / "a")))
     assert len(parts) > cached.steps
     assert cached.cache["kept"] == "what enters 'classifier'"
-    plain = train(recipe(**fields, output=str(tmp_path / "b"), cache="off"))
+    plain = train(recipe(**fields, output=str(tmp_path / "b"), cache=False))
     assert plain.cache == {"why_not": "cache is off"}
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     for key in a:

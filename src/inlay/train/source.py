@@ -38,7 +38,7 @@ def source_for(work: Work, adapter: Adapter, recipe: Recipe, passes: float, say:
         passes: over the training rows, that the run makes.
         say: told what is kept, and why nothing is where that was asked for or would have paid.
     """
-    if recipe.cache == "off":
+    if not recipe.cache:
         return Chosen(whole(work), {"why_not": "cache is off"})
     reasons: list[Unfit] = []
     for make in candidates(work, adapter, recipe, passes, say):

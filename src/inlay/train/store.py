@@ -44,7 +44,7 @@ class Room:
     def of(cls, recipe: Settings, folder: Path) -> Room:
         """What a recipe allows."""
         dtype = torch.bfloat16 if recipe.cache_dtype == "bfloat16" else None
-        return cls(folder, recipe.cache, recipe.cache_limit, dtype)
+        return cls(folder, recipe.cache or "memory", recipe.cache_limit, dtype)
 
     def on_disk(self, size: int) -> bool:
         """Whether so many bytes go to the disk rather than into memory; Unfit where there is room in neither."""
