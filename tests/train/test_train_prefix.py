@@ -275,7 +275,7 @@ def test_a_run_from_kept_states_is_the_run_without(recipe: Make, tmp_path: Path,
     kept = train(recipe(**{**FIELDS, **more}, output=str(tmp_path / "a")), notes)
     plain = train(recipe(**{**FIELDS, **more, "cache": False}, output=str(tmp_path / "b")))
     assert kept.cache["kept"] == "what leaves the lowest 1 of 2 blocks"
-    assert kept.cache["kept"] in notes.said[-1]
+    assert any(kept.cache["kept"] in text for text in notes.said)
     assert json.loads((tmp_path / "a" / "result.json").read_text())["cache"] == kept.cache
     assert plain.cache == {"why_not": "cache is off"}
     a, b = tensors(str(tmp_path / "a")), tensors(str(tmp_path / "b"))

@@ -160,10 +160,14 @@ class Run:
         self.total = recipe.steps or math.ceil(recipe.epochs * self.order.steps_per_epoch)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.own, self.optimizer, recipe.keep_last)
         self.checkpoints.sweep()
-        self.source: Source
-        self.cache: dict[str, Any]
         self.saved_bytes, self.step_bytes = self.memory()
+        began = time.perf_counter()  # chosen of the fresh adapter, so that a resumed run chooses the same
+        chosen = source_for(work, adapter, recipe, self.total / self.order.steps_per_epoch, progress.say)
+        self.source: Source = chosen.source
+        self.cache = chosen.about
+        took = time.perf_counter() - began
         self.state, self.best = self.checkpoints.restore()
+        self.state.seconds += took if self.state.step == 0 else 0.0
         if self.state.step == 0 and any(starts_from_data(level.method) for level in adapter.levels):
             self.calibrate()
 
@@ -198,8 +202,6 @@ class Run:
         if recipe.gradient_checkpointing:
             checkpointing(self.model, True)
         started = time.perf_counter()
-        chosen = source_for(self.work, self.adapter, recipe, self.total / self.order.steps_per_epoch, self.progress.say)
-        self.source, self.cache = chosen.source, chosen.about
         if state.step < self.total and not state.stopped:
             self.source.prepare("train")
         if state.step == 0:
