@@ -35,7 +35,7 @@ def source_for(work: Work, adapter: Adapter, recipe: Recipe, passes: float, say:
     """The cheapest source that gives what the whole model gives.
 
     Args:
-        passes: over the training rows, that the run makes.
+        passes: over the training rows that the run makes.
         say: told what is kept, and why nothing is where that was asked for or would have paid.
     """
     if not recipe.cache:
@@ -50,9 +50,10 @@ def source_for(work: Work, adapter: Adapter, recipe: Recipe, passes: float, say:
             return Chosen(source, source.about())
         except Unfit as reason:
             reasons.append(reason)
-    if recipe.cache != "auto" or any(not isinstance(reason, Pointless) for reason in reasons):
-        say(f"what is frozen is computed in every pass: {reasons[-1]}")
-    return Chosen(whole(work), {"why_not": str(reasons[-1])})
+    why = next((reason for reason in reasons if not isinstance(reason, Pointless)), reasons[-1])
+    if recipe.cache != "auto" or not isinstance(why, Pointless):
+        say(f"what is frozen is computed in every pass: {why}")
+    return Chosen(whole(work), {"why_not": str(why)})
 
 
 def candidates(work: Work, adapter: Adapter, recipe: Recipe, passes: float, say: Say) -> Iterator[Callable[[], Frozen]]:

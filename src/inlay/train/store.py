@@ -34,7 +34,7 @@ class Room:
 
     folder: Path = Path()
     cache: str = "memory"
-    """"auto", "memory" or "disk", see `inlay.recipe.Settings`."""
+    """As in a recipe: auto, memory or disk."""
     limit: float = float("inf")
     """GB in memory; on disk `ON_DISK` times as much."""
     dtype: torch.dtype | None = None
