@@ -397,7 +397,7 @@ def test_cached_features_give_what_the_whole_model_gives(
 ) -> None:
     from tiny_task import make_data
 
-    from inlay.train.frozen import HeadOnly
+    from inlay.train.headonly import HeadOnly
 
     fields: dict[str, Any] = {"method": "linearprobe", "base_dropout": False, "epochs": 3}
     if regression:

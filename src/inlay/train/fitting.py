@@ -18,7 +18,8 @@ from inlay.core.mount import Level
 from inlay.evaluate.predict import measure
 from inlay.recipe import Recipe
 from inlay.train.about import about
-from inlay.train.frozen import STATES, HeadOnly
+from inlay.train.frozen import STATES
+from inlay.train.headonly import HeadOnly
 from inlay.train.measure import forward_memory
 from inlay.train.progress import Progress
 from inlay.train.state import write_json

@@ -1,6 +1,6 @@
 """Never compute what is frozen twice: what reaches the lowest trained place is computed once per row and kept.
 
-`HeadOnly` is for a task head that is trained alone, `inlay.train.prefix.Prefix` for adapters above some frozen blocks.
+`inlay.train.headonly` is for a task head that is trained alone, `inlay.train.prefix` for adapters above frozen blocks.
 Either is proved on a few rows before it is used: its logits, its loss and its gradients are those of the whole model.
 """
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from inlay.core.active import attached
 from inlay.core.adapter import Adapter
 from inlay.core.modes import evaluating
-from inlay.data.chat import IGNORED
 from inlay.evaluate.predict import Output, Source, whole
 from inlay.train.modes import set_training
 from inlay.train.order import split as parts_of
@@ -37,10 +36,6 @@ EXACT, NEAR, ROUGH = (1e-4, 1e-3), (1e-3, 1e-2), (0.1, 0.3)
 """Largest difference of logits and of gradients, relative to the largest logit and to the gradients' norm, that another
 order of sums makes: in float32, there on a GPU (convolutions in TF32), and in low precision."""
 Say = Callable[[str], None]
-
-
-def silent(text: str) -> None:
-    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -258,43 +253,6 @@ class Frozen(Source):
         """What is kept, and where, for people and programs."""
         dtype = str(self.room.dtype or self.dtype).removeprefix("torch.")
         return {"kept": self.name, "place": self.where, "bytes": self.bytes, "dtype": dtype}
-
-
-class HeadOnly(Frozen):
-    """The head on the features that reach it."""
-
-    def __init__(self, work: Work, path: str, room: Room | None = None, chunk: int = CHUNK, say: Say = silent) -> None:
-        self.path, self.head = path, work.model.get_submodule(path)
-        super().__init__(work, room or Room(), chunk, say)
-
-    @property
-    def name(self) -> str:
-        return f"what enters '{self.path}'"
-
-    @property
-    def place(self) -> nn.Module:
-        return self.head
-
-    def inputs(self, rows: int) -> dict[str, Tensor]:
-        return {}
-
-    def above(self, batch: dict[str, Tensor]) -> Output:
-        with self.work.computing():
-            logits = self.head(batch[STATES])
-            if self.work.task == "regression":
-                loss = nn.functional.mse_loss(logits.squeeze(-1), batch["labels"].to(logits.dtype))
-            else:
-                loss = nn.functional.cross_entropy(logits, batch["labels"], ignore_index=IGNORED)
-        return Output(loss, logits)
-
-    def seen(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple) -> None:
-            inputs.append(args[0])
-            raise Reached
-
-        return reached(self.work, batch, self.head.register_forward_pre_hook(stop), inputs)
 
 
 # ---------------------------------------------------------------------- small things

@@ -11,7 +11,8 @@ from inlay.core.adapter import Adapter
 from inlay.core.head import Head
 from inlay.evaluate.predict import Source, whole
 from inlay.recipe import Recipe
-from inlay.train.frozen import CHUNK, Frozen, HeadOnly, Say
+from inlay.train.frozen import CHUNK, Frozen, Say
+from inlay.train.headonly import HeadOnly
 from inlay.train.prefix import Prefix, below
 from inlay.train.store import Pointless, Room, Unfit
 from inlay.work import Work
