@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.core.hollow import hollow
 from inlay.core.leaves import Leaves
 from inlay.core.matrices import Matrix
 from inlay.core.rows import Rows
@@ -25,6 +26,23 @@ PASS = 30
 
 
 Gradients = tuple[Tensor | None, list[Tensor | None]]
+"""Of x, if it wants one, and of a form's leaves."""
+
+
+class Pass(NamedTuple):
+    """What the backward pass of y = x W′ᵀ + b′ has at hand."""
+
+    W: Tensor
+    """(d_out, d_in), as the base holds it."""
+    b: Tensor | None
+    x: Tensor
+    """(n, d_in)."""
+    g: Tensor
+    """The gradient of y, (n, d_out)."""
+    y: Tensor
+    """(n, d_out); empty unless the form wants it."""
+    for_x: bool
+    """Whether x wants a gradient."""
 
 
 class Form(Leaves, ABC):
@@ -32,16 +50,22 @@ class Form(Leaves, ABC):
 
     adds: ClassVar[bool] = False
     """Whether it adds to W, whatever W is: only such forms act one on the other, or on parts of one matrix."""
+    wants_input: ClassVar[bool] = True
+    """Whether `backward` reads x."""
     wants_output: ClassVar[bool] = False
-    """Whether `backward` reads the output."""
+    """Whether it reads y."""
 
     @abstractmethod
     def formed(self, W: Tensor) -> Tensor:
         """W′ in the type of W."""
 
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """b ↦ b′."""
+        return b
+
     @abstractmethod
-    def backward(self, W: Tensor, x: Tensor, g: Tensor, y: Tensor | None, for_x: bool) -> Gradients:
-        """Gradients of x, if wanted, and of the leaves, where y = x W′ᵀ has g; x (n, d_in), g and y (n, d_out)."""
+    def backward(self, at: Pass) -> Gradients:
+        """Gradients of x and of the leaves."""
 
     @abstractmethod
     def lean_flops(self, tokens: int) -> int:
@@ -63,8 +87,8 @@ class Added(Form):
     def formed(self, W: Tensor) -> Tensor:
         return self.delta.added_to(W)
 
-    def backward(self, W: Tensor, x: Tensor, g: Tensor, y: Tensor | None, for_x: bool) -> Gradients:
-        return g @ self.formed(W) if for_x else None, self.delta.pullback(x, g)
+    def backward(self, at: Pass) -> Gradients:
+        return at.g @ self.formed(at.W) if at.for_x else None, self.delta.pullback(at.x, at.g)
 
     def lean_flops(self, tokens: int) -> int:
         return self.delta.pullback_flops(tokens) + 2 * (self.delta.dense_flops() + 3 * PASS * prod(self.delta.shape))
@@ -85,20 +109,74 @@ class RowScaled(Form):
     def formed(self, W: Tensor) -> Tensor:
         return self.delta.added_to(W).mul_(self.c.to(W.dtype)[:, None])
 
-    def backward(self, W: Tensor, x: Tensor, g: Tensor, y: Tensor | None, for_x: bool) -> Gradients:
-        assert y is not None
-        c = divisor = self.c.to(g.dtype)
-        if bool((c == 0).any()):  # y does not tell x (W + Δ)ᵀ
-            y, divisor = F.linear(x, self.delta.added_to(W)), torch.ones_like(c)
-        for_c = torch.linalg.vecdot(g, y, dim=0) / divisor
-        for_x_ = g @ self.formed(W) if for_x else None
-        return for_x_, [for_c.to(self.c.dtype), *self.delta.pullback(x, g * c)]
+    def backward(self, at: Pass) -> Gradients:
+        c, y = self.c.to(at.g.dtype), at.y if at.b is None else at.y - at.b
+        divisor = c
+        if not hollow(c) and not bool(c.all()):  # y does not tell x (W + Δ)ᵀ
+            y, divisor = F.linear(at.x, self.delta.added_to(at.W)), torch.ones_like(c)
+        for_c = torch.linalg.vecdot(at.g, y, dim=0) / divisor
+        for_x = at.g @ self.formed(at.W) if at.for_x else None
+        return for_x, [for_c.to(self.c.dtype), *self.delta.pullback(at.x, at.g * c)]
 
     def lean_flops(self, tokens: int) -> int:
         return Added(self.delta).lean_flops(tokens) + 5 * PASS * tokens * self.delta.shape[0]
 
     def factored_flops(self, tokens: int) -> int:
         return Added(self.delta).factored_flops(tokens) + 10 * PASS * tokens * self.delta.shape[0]
+
+
+class Gain(Form):
+    """W′ = diag(c) W, b′ = c ⊙ b + β: y alone tells the gradients, where no c is zero."""
+
+    wants_input = False
+    wants_output = True
+
+    def __init__(self, c: Tensor, shift: Tensor | None = None) -> None:
+        self.c, self.shift = c, shift
+
+    def formed(self, W: Tensor) -> Tensor:
+        return self.c.to(W.dtype)[:, None] * W
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        if b is None:
+            return None
+        c = self.c.to(b.dtype)
+        return c * b if self.shift is None else torch.addcmul(self.shift.to(b.dtype), c, b)
+
+    def backward(self, at: Pass) -> Gradients:
+        c = self.c.to(at.g.dtype)
+        y = at.y if self.shift is None else at.y - self.shift.to(c.dtype)
+        found = [(torch.linalg.vecdot(at.g, y, dim=0) / c).to(self.c.dtype)]
+        if self.shift is not None:
+            found.append(at.g.sum(0).to(self.shift.dtype))
+        return at.g @ self.formed(at.W) if at.for_x else None, [*found]
+
+    def lean_flops(self, tokens: int) -> int:
+        return PASS * tokens * 2 * self.c.numel()
+
+    def factored_flops(self, tokens: int) -> int:
+        return PASS * tokens * 6 * self.c.numel()
+
+
+class ColumnGain(Form):
+    """W′ = W diag(c)."""
+
+    def __init__(self, c: Tensor) -> None:
+        self.c = c
+
+    def formed(self, W: Tensor) -> Tensor:
+        return W * self.c.to(W.dtype)
+
+    def backward(self, at: Pass) -> Gradients:
+        scaled = at.g @ at.W  # the gradient of c ⊙ x
+        for_c = torch.linalg.vecdot(scaled, at.x, dim=0).to(self.c.dtype)
+        return scaled * self.c.to(scaled.dtype) if at.for_x else None, [for_c]
+
+    def lean_flops(self, tokens: int) -> int:
+        return PASS * tokens * 5 * self.c.numel()
+
+    def factored_flops(self, tokens: int) -> int:
+        return PASS * tokens * 7 * self.c.numel()
 
 
 class Packed(Form):
@@ -114,12 +192,14 @@ class Packed(Form):
             W = form.formed(W) if rows is None else rows.put(W, form.formed(rows.take(W, 0)), 0)
         return W
 
-    def backward(self, W: Tensor, x: Tensor, g: Tensor, y: Tensor | None, for_x: bool) -> Gradients:
+    def backward(self, at: Pass) -> Gradients:
         found: list[Tensor | None] = []
         for rows, form in zip(self.rows, self.forms, strict=True):
-            own, part = (W, g) if rows is None else (rows.take(W, 0), rows.take(g, -1))
-            found += form.backward(own, x, part, None, False)[1]
-        return g @ self.formed(W) if for_x else None, found
+            own = at._replace(for_x=False)
+            if rows is not None:
+                own = own._replace(W=rows.take(at.W, 0), g=rows.take(at.g, -1))
+            found += form.backward(own)[1]
+        return at.g @ self.formed(at.W) if at.for_x else None, found
 
     def lean_flops(self, tokens: int) -> int:
         return sum(form.lean_flops(tokens) for form in self.forms)
@@ -140,15 +220,14 @@ class Through(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.form, x, _, W, b, *leaves = inputs
-        ctx.save_for_backward(x, W, *((output, b) if ctx.form.wants_output else (None, None)), *leaves)
+        x, y = x if ctx.form.wants_input else None, output if ctx.form.wants_output else None
+        ctx.save_for_backward(x, W, b, y, *leaves)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, y, b, *leaves = ctx.saved_tensors
+        x, W, b, y, *leaves = ctx.saved_tensors
         _, for_x, _, _, _, *wanted = ctx.needs_input_grad
-        if y is not None:
-            y = (y if b is None else y - b).flatten(0, -2)
-        form = ctx.form.made_of(leaves)
-        dx, found = form.backward(W, x.flatten(0, -2), g.flatten(0, -2), y, for_x)
-        dx = dx if dx is None else dx.view(x.shape)
+        x2, g2, y2 = (g.new_empty(0) if t is None else t.flatten(0, -2) for t in (x, g, y))
+        dx, found = ctx.form.made_of(leaves).backward(Pass(W, b, x2, g2, y2, for_x))
+        dx = dx if dx is None else dx.view(*g.shape[:-1], -1)
         return None, dx, None, None, None, *(d if want else None for d, want in zip(found, wanted, strict=True))

@@ -339,8 +339,8 @@ class DeltaMethod(WeightMethod):
         return self.delta()
 
     def form(self) -> Form | None:
-        delta = self.thin(self.delta())
-        return Added(delta) if delta.remembers_input else None
+        b, delta = self.site.bias, self.thin(self.delta())
+        return Added(delta) if delta.remembers_input and self.bias_of(b) is b else None
 
     def exact_now(self) -> bool:
         return self.dropout == 0.0 or not self.training

@@ -106,7 +106,7 @@ class Mount:
         x = first(args, kwargs)
         frame.lean = None if self.inlay.state.factored else lean_step(module, levels, x)
         if frame.lean is not None:
-            frame.formed = {"weight": frame.lean.formed()}
+            frame.formed = frame.lean.formed()
             return replace_first(args, kwargs, x.detach())
         frame.formed = self.form(levels, args, kwargs)
         if frame.formed or not any(level.method.acts_before for level in levels):

@@ -57,9 +57,11 @@ class LeanStep:
     bias: Tensor | None
 
     @torch.no_grad()
-    def formed(self) -> Tensor:
-        """W′ as the module stores W."""
-        return self.host.from_matrix(self.form.formed(self.host.to_matrix(self.weight)), self.weight)
+    def formed(self) -> dict[str, Tensor]:
+        """W′ and b′ as the module stores them."""
+        W = self.host.from_matrix(self.form.formed(self.host.to_matrix(self.weight)), self.weight)
+        b = self.form.bias(self.bias)
+        return {"weight": W} if b is None or b is self.bias else {"weight": W, "bias": b}
 
     def through(self, y: Tensor) -> Tensor:
         """The module's output y for x without a graph and W′, as a function of x and of the methods' tensors."""
@@ -93,8 +95,7 @@ def lean_step(module: nn.Module, levels: Sequence[Level], x: Tensor) -> LeanStep
             return None
         if method.strength != 1.0 or not method.exact_now() or level.site.expert is not None:
             return None
-        b = level.site.bias
-        form = method.form() if method.bias_of(b) is b else None
+        form = method.form()
         if form is None or not (form.adds or (len(levels) == 1 and level.site.rows is None)):
             return None
         forms.append(form)

@@ -73,8 +73,9 @@ class DoRA(WeightMethod):
         assert after is not None
         return c * self.site.add(delta, self.of.drop(x), y) + self.site.outward(after, y)
 
-    def form(self) -> Form:
-        return RowScaled(self.ratio(), self.of.thin(self.of.delta()))
+    def form(self) -> Form | None:
+        b = self.site.bias
+        return RowScaled(self.ratio(), self.of.thin(self.of.delta())) if self.bias_of(b) is b else None
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
         return self.of.bias_of(b)
