@@ -146,8 +146,8 @@ def measure(spec: str, rounds: int) -> list[Row]:
 def page(rows: list[Row]) -> str:
     about = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
     lines = [
-        "# A batch whose rows use different adapters\n\nMade by `python benchmarks/mixed.py`; what is measured is said at "
-        f"the top of that file. Times over the base model alone ({rows[0].base_seconds:.2f} s), {MODEL}, {ROWS} × "
+        "# A batch whose rows use different adapters\n\nMade by `python benchmarks/mixed.py`; what is measured is said "
+        f"at the top of that file. Times over the base model alone ({rows[0].base_seconds:.2f} s), {MODEL}, {ROWS} × "
         f"{LENGTH} tokens; {about}.\n\n"
         "| Method | | one adapter | "
         + " | ".join(f"{n} mixed" for n in SHARED)

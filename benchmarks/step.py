@@ -260,7 +260,25 @@ def page(rows: list[Row], about: str, threads: int) -> str:
         )
         theirs = {row.method: row for row in here if row.library == "peft"}
         parts += [line(row, theirs.get(row.method)) for row in here if row.library == "inlay"]
+        parts.append(
+            missed([(row, theirs[row.method]) for row in here if row.library == "inlay" and row.method in theirs])
+        )
     return "".join(parts)
+
+
+def missed(pairs: list[tuple[Row, Row]]) -> str:
+    """Which methods are not where they are meant to be: at most 40 % of peft's excess, and its saved bytes + 5 %."""
+    slow = [f"{own.method} ({share(own, other):.0%})" for own, other in pairs if share(own, other) > 0.4]
+    large = [f"{own.method} (× {(own.saved_bytes or 0) / (other.saved_bytes or 1):.2f})" for own, other in pairs
+             if (own.saved_bytes or 0) > 1.05 * (other.saved_bytes or 0)]  # fmt: skip
+    text = f"\nOver 40 % of peft's excess: {', '.join(slow) or 'none'}. "
+    return text + f"Over 105 % of its saved bytes: {', '.join(large) or 'none'}.\n"
+
+
+def share(own: Row, other: Row) -> float:
+    """inlay's excess over the floor as a share of peft's; not a number where peft has none."""
+    assert own.overhead is not None
+    return (own.overhead - 1) / (other.overhead - 1) if other.overhead and other.overhead > 1 else float("nan")
 
 
 def line(row: Row, other: Row | None) -> str:
@@ -269,8 +287,12 @@ def line(row: Row, other: Row | None) -> str:
     cells = [row.method, f"{row.trained:,}", f"{row.overhead:.3f}"]
     if other is None or other.overhead is None or other.saved_bytes is None:
         return "| " + " | ".join([*cells, "–", "–", f"{row.saved_bytes / 1e6:.0f}", "–"]) + " |\n"
-    share = (row.overhead - 1) / (other.overhead - 1) if other.overhead > 1 else float("nan")
-    rest = [f"{other.overhead:.3f}", f"{share:.0%}", f"{row.saved_bytes / 1e6:.0f}", f"{other.saved_bytes / 1e6:.0f}"]
+    rest = [
+        f"{other.overhead:.3f}",
+        f"{share(row, other):.0%}",
+        f"{row.saved_bytes / 1e6:.0f}",
+        f"{other.saved_bytes / 1e6:.0f}",
+    ]
     return "| " + " | ".join([*cells, *rest]) + " |\n"
 
 
