@@ -50,8 +50,8 @@ class Group:
     """Those of the first adapter, whose tensors stand for all in turn."""
     tensors: list[dict[str, Tensor]]
     """Of each adapter."""
-    owners: Tensor
-    """Which adapter it is, (N,)."""
+    owners: Tensor | None
+    """Which adapter it is, (N,), where rows are computed one by one; None: the first, the second, …"""
     rows: Tensor
     """(N, R); adapters with fewer rows have their first one several times."""
     kept: Tensor | None
@@ -91,13 +91,16 @@ class Group:
         return torch.vmap(one, randomness="different")(self.stacked(), self.rows, *given)
 
     def stacked(self) -> dict[str, Tensor]:
-        """The adapters' tensors, (N, …) each, without those that all share; kept while they are not trained."""
+        """The tensors of what is computed N times, (N, …) each, without those that all adapters share.
+
+        The adapters' own are stacked once while they are not trained; those of rows are taken from there each time.
+        """
         now = [] if torch.is_grad_enabled() else [stamp(t) for tensors in self.tensors for t in tensors.values()]
         if not now or now != self.stamps:
             several = {name for name, t in self.tensors[0].items() if any(one[name] is not t for one in self.tensors)}
-            self.stack = {name: torch.stack([one[name] for one in self.tensors])[self.owners] for name in several}
+            self.stack = {name: torch.stack([one[name] for one in self.tensors]) for name in several}
             self.stamps = now
-        return self.stack
+        return self.stack if self.owners is None else {name: t[self.owners] for name, t in self.stack.items()}
 
 
 class Router:
@@ -200,25 +203,27 @@ class Router:
 
     def group(self, found: list[tuple[str, Tensor]], batch: int) -> Group:
         """These adapters and their rows: row by row, or adapter by adapter where each has something to form first."""
-        levels = [self.mount.levels[name] for name, _ in found]
-        lengths = [len(rows) for _, rows in found]
-        owners = torch.arange(len(found), device=found[0][1].device)
-        kept = None
-        if len(found) > 1 and not forms(levels[0]):
-            rows, order = torch.cat([rows for _, rows in found]).sort()
-            rows, owners = rows[:, None], owners.repeat_interleave(torch.tensor(lengths, device=owners.device))[order]
-        else:
-            most = max(lengths)
-            rows = torch.stack([torch.cat([r, r[:1].expand(most - len(r))]) for _, r in found])
-            if min(lengths) < most:
-                kept = torch.cat([torch.arange(n, device=rows.device) + i * most for i, n in enumerate(lengths)])
-        whole = kept is None and rows.flatten().tolist() == list(range(batch))
-        names, tensors = [name for name, _ in found], [tensors_of(one) for one in levels]
-        return Group(names, levels[0], tensors, owners, rows, kept, whole)
+        names, every = [name for name, _ in found], [self.mount.levels[name] for name, _ in found]
+        lengths, most = [len(rows) for _, rows in found], max(len(rows) for _, rows in found)
+        rows = torch.stack([torch.cat([r, r[:1].expand(most - len(r))]) for _, r in found])
+        owners = kept = None
+        if min(lengths) < most:
+            kept = torch.cat([torch.arange(n, device=rows.device) + i * most for i, n in enumerate(lengths)])
+        if not (in_order(rows, batch) or forms(every[0]) or len(found) == 1):
+            kept, (flat, order) = None, torch.cat([rows for _, rows in found]).sort()
+            owner = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], device=rows.device)
+            rows, owners = flat[:, None], owner[order]
+        tensors = [tensors_of(levels) for levels in every]
+        return Group(names, every[0], tensors, owners, rows, kept, kept is None and in_order(rows, batch))
 
     def forget(self) -> None:
         """Let go of stacked tensors."""
         self.plan, self.found = (), []
+
+
+def in_order(rows: Tensor, batch: int) -> bool:
+    """Whether rows are those of the batch as they lie."""
+    return rows.flatten().tolist() == list(range(batch))
 
 
 def tensors_of(levels: list[Level]) -> dict[str, Tensor]:
