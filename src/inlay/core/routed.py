@@ -243,8 +243,15 @@ def reads_tensors(levels: list[Level]) -> bool:
 
 def forms(levels: list[Level]) -> bool:
     """Whether an adapter has to form matrices before it acts, which is better done once than for every row."""
-    updates = [level.method.update() for level in levels if isinstance(level.method, WeightMethod)]
-    return any(update is not None and update.flops(0) > 0 for update in updates)
+    for level in levels:
+        method, update = level.method, None
+        if isinstance(method, WeightMethod):
+            update = method.update()
+            if update is None and max((p.dim() for p in method.parameters()), default=0) > 1:
+                return True  # rotations, norms: from more than vectors
+        if update is not None and update.flops(0) > 0:
+            return True
+    return False
 
 
 def kind(name: str, levels: list[Level], rows: int) -> tuple[Any, ...]:
