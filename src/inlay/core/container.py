@@ -105,6 +105,8 @@ class State:
     """Python-side state of `model.inlay`, kept out of nn.Module's bookkeeping."""
 
     active: list[str] = field(default_factory=list)
+    asking: set[str] = field(default_factory=set)
+    """Adapters whose tensors ask for gradients."""
     routes: list[str | None] | None = None
     mounts: dict[str, Mount] = field(default_factory=dict)
     tokens: dict[str, TokenMount] = field(default_factory=dict)
@@ -223,13 +225,13 @@ class Inlay(nn.Module):
             return
         if site.tower is not None:
             for tokens in self.token_mounts(site, method):
-                tokens.levels.setdefault(adapter, []).append(Level(method, site))
+                tokens.add(adapter, Level(method, site))
             return
         for path, module in [(site.path, site.module), *((path, module) for path, module, _ in site.ties)]:
             mount = self.mount(model, path, module)
             tied = next((name for p, _, name in site.ties if p == path), None)
             here = site if tied is None else tied_site(site, path, module, tied)
-            mount.levels.setdefault(adapter, []).append(Level(method, here))
+            mount.add(adapter, Level(method, here))
         for entry in site.entrances:
             if (entry, site.path) not in self.spans:
                 span = Span(self.state)
@@ -283,14 +285,15 @@ class Inlay(nn.Module):
 
     def refresh(self) -> None:
         """Make hooks and properties match the levels that are there."""
-        for mount in self.everything:
-            mount.refresh()
+        new = [mount.refresh() for mount in self.state.mounts.values()]
+        for tokens in self.state.tokens.values():
+            tokens.settle(any(new))  # their hooks come after those of mounts
 
     def drop(self, adapter: str) -> None:
         """Forget one adapter."""
         for mount in self.everything:
-            mount.levels.pop(adapter, None)
-        asked = {(source, path) for path, mount in self.state.mounts.items() for source in mount.sources()}
+            mount.drop(adapter)
+        asked = {(source, path) for path, mount in self.state.mounts.items() for source in mount.needs.heard}
         for source, path in [key for key in self.ears if key not in asked]:
             self.state.mounts[source].ears.remove(self.ears.pop((source, path)))
         self.refresh()
@@ -302,12 +305,21 @@ class Inlay(nn.Module):
         del self.adapters[adapter]
         self.state.made.pop(adapter, None)
         self.state.companions.pop(adapter, None)
-        used = {name for other in self.adapters for level in self.levels(other) for name in level.site.uses}
-        for name in [name for name in self.tensors._buffers if name not in used]:
+        for name in self.unused():
             del self.tensors._buffers[name]
             self.state.given.discard(name)
             self.state.derived.discard(name)
         self.state.active = [name for name in self.active if name != adapter]
+        self.state.asking.discard(adapter)
+
+    def unused(self) -> set[str]:
+        """Names of the shared tensors that no adapter uses."""
+        left = {*self.tensors._buffers}
+        for adapter in self.adapters:
+            if not left:
+                break
+            left -= {name for level in self.levels(adapter) for name in level.site.uses}
+        return left
 
     def close(self) -> None:
         """Remove every hook; the model is as it was."""
@@ -456,7 +468,7 @@ class Inlay(nn.Module):
         self.forget()
         acting = {*self.active} if self.routes is None else {*self.routes}
         for path in unasked:
-            if output is not None and acting & set(self.state.mounts[path].levels):
+            if output is not None and any(name in self.state.mounts[path].levels for name in acting):
                 raise AdapterError(
                     f"'{path}' was not called in this forward: other code (a fused kernel) read its tensors, past the "
                     "method there. Switch the kernel off; one that is for training alone rests in eval mode"

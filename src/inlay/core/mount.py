@@ -24,6 +24,7 @@ from inlay.core.calls import first, first_output, replace_first, replace_first_o
 from inlay.core.errors import RouteError
 from inlay.core.hosts import QuantisedHost
 from inlay.core.method import HiddenMethod, Method, ParameterMethod, WeightMethod
+from inlay.core.needs import Needs
 from inlay.core.paths import prefers_effective
 from inlay.core.properties import adapt_tensors, release_tensors
 from inlay.core.quantised import dense
@@ -74,39 +75,53 @@ class Mount:
         self.handles: list[Any] = []
         self.frames: list[Frame] = []  # one per forward of the owner that is running
         self.served = False  # whether a routed forward has come through here
+        self.needs = Needs()
+        self.attached: frozenset[str] | None = None  # tensors that are read through here; None: no hooks either
         self.entries: set[str] = set()  # modules where the spans that end here begin
         self.ears: list[Ear] = []  # of methods elsewhere that hear this module's output
         self.heard: set[str] = set()  # modules whose outputs methods here hear
 
     # ------------------------------------------------------------------ attaching
-    def refresh(self) -> None:
-        """Attach exactly what the levels need; call after they change."""
-        self.remove()
-        levels = [level for stack in self.levels.values() for level in stack]
-        if not levels and not self.ears:
-            return
-        self.entries = {path for level in levels for path in level.site.entrances}
-        self.heard = self.sources()
-        names = {level.site.param for level in levels if not isinstance(level.method, HiddenMethod)}
-        names |= {level.site.bias_name for level in levels if level.method.acts_on_bias}
-        names = {name for name in names if self.module._parameters.get(name) is not None}
-        names |= {name for level in levels for name in kept(level)}
-        if names:
-            adapt_tensors(self.module, self, frozenset(names))
-        self.handles.append(self.owner.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
-        self.handles.append(self.owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True))
+    def add(self, adapter: str, level: Level) -> None:
+        """Put a level on top of an adapter's; `refresh` attaches what it needs."""
+        self.levels.setdefault(adapter, []).append(level)
+        self.needs.count(level, 1)
+
+    def drop(self, adapter: str) -> None:
+        """Forget an adapter's levels; `refresh` removes what no other needs."""
+        for level in self.levels.pop(adapter, ()):
+            self.needs.count(level, -1)
+
+    def refresh(self) -> bool:
+        """Attach exactly what the levels need, and say whether that took new hooks; call after they change.
+
+        What is attached already stays: the cost does not grow with the adapters that are there.
+        """
+        if not self.levels and not self.ears:
+            self.remove()
+            return False
+        self.entries, self.heard = {*self.needs.entries}, {*self.needs.heard}
+        names = {name for name in self.needs.tensors if self.module._parameters.get(name) is not None}
+        names |= {*self.needs.states}
+        new, before = self.attached is None, self.attached or frozenset()
+        self.attached = frozenset(names)
+        if names != before:
+            adapt_tensors(self.module, self, self.attached) if names else release_tensors(self.module)
+        if new:
+            self.handles = [
+                self.owner.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
+                self.owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+            ]
+        return new
 
     def remove(self) -> None:
         """Leave the module as it was."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        release_tensors(self.module)
-
-    def sources(self) -> set[str]:
-        """Paths of the modules whose outputs methods here hear."""
-        levels = [level for stack in self.levels.values() for level in stack]
-        return {source.path for level in levels for source in level.site.hears.values()}
+        if self.attached:
+            release_tensors(self.module)
+        self.attached = None
 
     # ------------------------------------------------------------------ which levels act
     def active(self) -> list[Level]:
