@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.prompted import Prompted
 from inlay.core.rotary import Rotary, rotaries
 from inlay.core.sites import Site
+from inlay.core.still import Still
 from inlay.core.tokens import Entry, TokenMount
 from inlay.core.tracks import track_of
 
@@ -129,6 +130,8 @@ class State:
     """Names of the model's positional arguments."""
     factored: bool = False
     """Act on outputs even where forming W′ is cheaper: a merge is proved by the path that does not form it."""
+    still: Still = field(default_factory=Still)
+    """What methods have computed and may use again while nothing trains."""
     running: bool = False
     """Whether the whole model's forward has begun and not ended."""
     handles: list[Any] = field(default_factory=list)
@@ -166,6 +169,11 @@ class Inlay(nn.Module):
     def forward(self, x: Any) -> Any:
         """x itself: an `nn.Sequential` calls all its children."""
         return x
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as of any module; what was computed before may not hold any more."""
+        self.state.still.forget()
+        return super().train(mode)
 
     # ------------------------------------------------------------------ adapters and levels
     @property
@@ -303,6 +311,7 @@ class Inlay(nn.Module):
         for span in [span for span in self.spans if span not in needed]:
             self.spans.pop(span).handle.remove()
         del self.adapters[adapter]
+        self.state.still.forget()
         self.state.made.pop(adapter, None)
         self.state.companions.pop(adapter, None)
         for name in self.unused():
@@ -425,6 +434,7 @@ class Inlay(nn.Module):
             self.forget()
         self.state.running = True
         if not torch.compiler.is_compiling():
+            self.state.still.begin(module)
             if torch._C._current_graph_task_id() == -1:
                 self.resume()  # the last backward pass ended with an error
             for companion in self.companions() if torch.is_grad_enabled() else ():
@@ -476,6 +486,7 @@ class Inlay(nn.Module):
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         self.state.running = False
+        self.state.still.end()
         self.state.call.cache = None  # it may be large, and is the caller's
         self.check_asked(output)
         changed = self.with_added(args, kwargs, output)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 M = TypeVar("M", bound="Method")
+T = TypeVar("T")
 
 REGISTRY: dict[str, type[Method]] = {}
 """Every final method by its name: being registered means being documented, offered and tested."""
@@ -135,6 +136,15 @@ class Method(nn.Module, ABC):
         """A regulariser that belongs to the method, added to the loss; None for none."""
         return None
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """make(), computed once while nothing trains (`inlay.core.still`).
+
+        It may depend on the method's own tensors, the shared ones it uses and those of its module, and on nothing else;
+        and as it is kept, it must be small: vectors, blocks, never a matrix as large as W.
+        """
+        inlay = self.site.inlay
+        return make() if inlay is None else inlay.state.still.get(self, name, make)
+
     def step(self, progress: float, optimizer: Optimizer | None) -> None:
         """What happens between optimizer steps; `progress` runs from 0 to 1, the optimizer is for who needs it."""
         return
@@ -159,7 +169,7 @@ class Method(nn.Module, ABC):
                 {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
             )
         for name, t in self.own_tensors().items():
-            t.data.copy_(tensors[name])
+            t.detach().copy_(tensors[name])  # which the tensor's version counter sees
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Parameters and states without those of the methods it is made of."""
