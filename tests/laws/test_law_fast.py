@@ -16,6 +16,7 @@ from torch import Tensor
 import inlay
 from inlay.core import matrices as m
 from inlay.core import mount, products
+from inlay.core.active import attached
 from inlay.core.method import WeightMethod
 from inlay.core.paths import prefers_effective
 from inlay.methods import LoRA
@@ -225,6 +226,8 @@ def test_paths_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
             return choice
 
         monkeypatch.setattr(mount, "prefers_effective", choose)
+        for one in attached(model).state.mounts.values():
+            one.answers.clear()  # what was asked before the choice was ours
         y = run(model, inputs)
         leaves = [*adapter.parameters(), *floating.values()]
         found[effective] = (y, torch.autograd.grad(y.sin().sum(), leaves))  # no norm, which rotations keep

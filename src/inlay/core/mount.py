@@ -76,6 +76,7 @@ class Mount:
         self.frames: list[Frame] = []  # one per forward of the owner that is running
         self.served = False  # whether a routed forward has come through here
         self.needs = Needs()
+        self.answers: dict[tuple[Any, ...], bool] = {}  # of `inlay.core.paths`
         self.attached: frozenset[str] | None = None  # tensors that are read through here; None: no hooks either
         self.entries: set[str] = set()  # modules where the spans that end here begin
         self.ears: list[Ear] = []  # of methods elsewhere that hear this module's output
@@ -91,6 +92,7 @@ class Mount:
         """Forget an adapter's levels; `refresh` removes what no other needs."""
         for level in self.levels.pop(adapter, ()):
             self.needs.count(level, -1)
+        self.answers.clear()
 
     def refresh(self) -> bool:
         """Attach exactly what the levels need, and say whether that took new hooks; call after they change.
@@ -119,6 +121,7 @@ class Mount:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.answers.clear()
         if self.attached:
             release_tensors(self.module)
         self.attached = None
@@ -197,10 +200,22 @@ class Mount:
         if not hooked or self.inlay.state.factored:
             return {}
         x = first(args, kwargs)
-        if x.is_nested or not prefers_effective([(lv.method, lv.site) for lv in hooked], x):
+        if x.is_nested or not self.prefers_effective(hooked, x):
             return {}
         names = {lv.site.param for lv in levels} | {lv.site.bias_name for lv in levels if lv.method.acts_on_bias}
         return {name: t for name in names if (t := self.fold(name, levels)) is not None}
+
+    def prefers_effective(self, levels: list[Level], x: Tensor) -> bool:
+        """`inlay.core.paths` on these levels, asked once for each shape of input: the answer hangs on shapes alone."""
+        pairs = [(level.method, level.site) for level in levels]
+        if torch.compiler.is_compiling():  # asked when traced, which is once
+            return prefers_effective(pairs, x)
+        question = (x.shape, x.dtype, torch.is_grad_enabled(), *levels)
+        if question not in self.answers:
+            if len(self.answers) == ANSWERS:
+                self.answers.clear()
+            self.answers[question] = prefers_effective(pairs, x)
+        return self.answers[question]
 
     def fold(self, name: str, levels: list[Level], base: Tensor | None = None) -> Tensor | None:
         """The base's tensor `name` (or `base` in its stead) with these levels in closed form, None if there is none.
@@ -342,6 +357,8 @@ class Mount:
         return output if changed is None else changed
 
 
+ANSWERS = 64
+"""Shapes of input for which a mount remembers its path."""
 CACHES = ("past_key_values", "past_key_value", "cache_params", "layer_past")
 """Names under which transformers hands a cache to a module."""
 
