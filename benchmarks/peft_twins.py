@@ -36,13 +36,18 @@ TWINS: Twins = {
 }
 
 
+def config(method: Method, paths: list[str]) -> peft.PeftConfig | None:
+    """The method's configuration at these modules; None where `peft` has none."""
+    make = TWINS.get(type(method))
+    return None if make is None else make(method, paths)
+
+
 def twin(method: Method, model: nn.Module, paths: list[str]) -> nn.Module | None:
     """The model with `peft`'s form of the method on these modules; None where it has none or refuses the places."""
-    make = TWINS.get(type(method))
-    config = make(method, paths) if make is not None else None
-    if config is None or (config.is_prompt_learning and model.config.model_type not in ("llama", "gpt2")):
+    made = config(method, paths)
+    if made is None or (made.is_prompt_learning and model.config.model_type not in ("llama", "gpt2")):
         return None
     try:
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, made)
     except ValueError:
         return None

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import gc
-import io
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import base_model, quiet, read, seconds, write
 from peft_twins import twin
 from torch import Tensor, nn
 
@@ -38,7 +36,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.errors import InlayError
 from inlay.core.files import write_text
 from inlay.core.method import REGISTRY, TokenMethod, method_from
-from inlay.plan import example, skeleton
+from inlay.plan import example
 from inlay.train.measure import saved_for_backward
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "step"
@@ -129,22 +127,10 @@ def floor(model: nn.Module, adapted: list[nn.Module], forward: Step) -> Iterator
             handle.remove()
 
 
-def seconds(forward: Step, model: nn.Module, device: torch.device) -> float:
-    """Of one forward and backward pass: the process's own time on one CPU thread, else the wall's."""
-    own = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if own else time.perf_counter
-    synchronise(device)
-    begin = clock()
+def step(forward: Step, model: nn.Module) -> None:
+    """One forward and backward pass."""
     forward().backward()
-    synchronise(device)
-    taken = clock() - begin
     model.zero_grad(set_to_none=True)
-    return taken
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def saved(forward: Step, model: nn.Module) -> int:
@@ -157,9 +143,7 @@ def measure(args: argparse.Namespace, name: str, where: str, spec: str) -> list[
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rows, length = sized(args, name)
     config, task, _ = configuration(name)
-    torch.manual_seed(0)
-    base = quiet(skeleton(config, task, dtype)).to(device)
-    initialise(base)
+    base = quiet(base_model(name, dtype)).to(device)
     batch = {k: t.to(device) for k, t in example(config, task, rows, length).items()}
     batch = {k: t.to(dtype) if t.is_floating_point() and k != "labels" else t for k, t in batch.items()}
     about: dict[str, Any] = {"model": name, "where": where, "dtype": args.dtype, "batch": rows, "length": length}
@@ -188,7 +172,8 @@ def measure(args: argparse.Namespace, name: str, where: str, spec: str) -> list[
             order = ["floor", *steps] if turn % 2 else [*reversed(steps), "floor"]
             for library in order:
                 model = base if library == "floor" else runs[library]
-                taken = seconds(forward if library == "floor" else steps[library], model, device)
+                one = forward if library == "floor" else steps[library]
+                taken = seconds(lambda one=one, model=model: step(one, model), device)
                 times[library] += [taken] if turn else []  # the first round warms up
     found = []
     for library, model in runs.items():
@@ -210,27 +195,6 @@ def sized(args: argparse.Namespace, name: str) -> tuple[int, int]:
 NUMBERS = ("overhead", "lower", "upper", "floor_seconds", "saved_bytes", "floor_saved_bytes", "trained")
 
 
-def quiet(model: nn.Module) -> nn.Module:
-    """In training mode, as steps are, with every dropout off."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif "dropout" in vars(module) and isinstance(vars(module)["dropout"], float):
-            vars(module)["dropout"] = 0.0
-    return model
-
-
-@torch.no_grad()
-def initialise(model: nn.Module) -> None:
-    """Small random numbers: skeletons hold what was in memory."""
-    for p in model.parameters():
-        p.normal_(0.0, 0.02) if p.dim() > 1 else p.fill_(1.0)
-    for name, b in model.named_buffers():
-        if b.is_floating_point() and not name.endswith("inv_freq"):
-            b.zero_()
-
-
 def paths_of(adapter: Adapter) -> list[str]:
     """Paths of the adapted modules; none for methods on the token sequence."""
     return list(dict.fromkeys(level.site.path for level in adapter.levels if level.site.tower is None))
@@ -241,7 +205,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     file = RESULTS / f"{args.device.partition(':')[0]}.csv"
-    done = {row.key: row for row in read(file)}
+    done = {row.key: row for row in read(file, Row)}
     for name in args.model:
         for where in args.where:
             for spec in args.methods or [*SIZED[where], *(m for m in sorted(REGISTRY) if m not in APART)]:
@@ -275,29 +239,6 @@ def told(row: Row) -> str:
     if row.overhead is None or row.saved_bytes is None:
         return f"{' '.join(map(str, row.key))}: {row.refused}"
     return f"{' '.join(map(str, row.key))}: {row.overhead:.3f} of the floor, {row.saved_bytes / 1e6:.0f} MB saved"
-
-
-def read(file: Path) -> list[Row]:
-    """The rows of a file; none where there is no file."""
-    if not file.exists():
-        return []
-    kinds: dict[str, Callable[[str], Any]] = {
-        "overhead": float, "lower": float, "upper": float, "floor_seconds": float, "saved_bytes": int, "batch": int,
-        "length": int, "floor_saved_bytes": int, "trained": int, "rounds": int,
-    }  # fmt: skip
-    with file.open(encoding="utf-8", newline="") as lines:
-        return [
-            Row(**{k: (kinds[k](v) if v else None) if k in kinds else v for k, v in line.items()})
-            for line in csv.DictReader(lines)
-        ]
-
-
-def write(file: Path, rows: list[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_text(file, text.getvalue())
 
 
 def page(rows: list[Row], about: str, threads: int) -> str:

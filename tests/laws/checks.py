@@ -345,14 +345,15 @@ def check_routing(t: Trial) -> None:
         with inlay.route(t.model, names):
             refuses(t.now, RouteError)
         return
-    with inlay.route(t.model, names):
-        routed = t.now()
-    same(t.base, t.now(), "after routing")
-    for i, name in enumerate(names[:3]):
-        inlay.use(t.model, *([] if name is None else [name]))
-        one = output(t.model, t.case.bench.pick(t.inputs, [i]))
-        close(one, routed[i : i + 1], t.tolerance, f"row {i} ({name})")
-    inlay.use(t.model)
+    for names in (["default", None, "b", "default"], ["b", "default", "default", "b"]):  # one by one, and stacked
+        with inlay.route(t.model, names):
+            routed = t.now()
+        same(t.base, t.now(), "after routing")
+        for i, name in enumerate(names[:3]):
+            inlay.use(t.model, *([] if name is None else [name]))
+            one = output(t.model, t.case.bench.pick(t.inputs, [i]))
+            close(one, routed[i : i + 1], t.tolerance, f"row {i} ({name})")
+        inlay.use(t.model)
     with inlay.route(t.model, [None] * 4):
         close(t.base, t.now(), t.tolerance, "rows of the base")
     for wrong, error in ((["b", None, "b"], RouteError), (["c"] * 4, AdapterError), ([], RouteError)):

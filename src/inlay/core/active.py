@@ -108,6 +108,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         yield
     finally:
         inlay.state.routes = before
+        for mount in inlay.state.mounts.values():
+            mount.router.forget()
 
 
 def delete(model: nn.Module, name: str) -> None:

@@ -15,8 +15,8 @@ from inlay.core.companion import Companion
 from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, OptionError, SiteError
 from inlay.core.head import Head
+from inlay.core.levels import Level
 from inlay.core.method import Method, Placement
-from inlay.core.mount import Level
 from inlay.core.quantised import numbers
 from inlay.core.statistics import Calibrated
 from inlay.core.where import Finder, Pattern, inside

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from inlay.core.active import attached
 from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, CalibrationError
+from inlay.core.levels import Level
 from inlay.core.method import Method
 from inlay.core.modes import evaluating
-from inlay.core.mount import Level
 from inlay.core.sharded import is_sharded
 from inlay.core.statistics import Calibrated, starts_from_data
 from inlay.core.watch import Loss, Watch, plain_arithmetic

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -18,8 +19,9 @@ from inlay.core.contexts import Blanks, ContextMethod
 from inlay.core.dual import is_dual
 from inlay.core.errors import AdapterError, RouteError, near
 from inlay.core.inserted import Inserted, Running
+from inlay.core.levels import Level
 from inlay.core.method import AttentionMethod, InsertedMethod, Method, SideAttentionMethod
-from inlay.core.mount import Level, Mount
+from inlay.core.mount import Mount
 from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.prompted import Prompted
 from inlay.core.rotary import Rotary, rotaries
@@ -384,12 +386,7 @@ class Inlay(nn.Module):
         assert routes is not None
         if batch % len(routes) != 0:
             raise RouteError(f"{len(routes)} rows are routed, but '{path}' sees a batch of {batch}: it mixes rows")
-        repeat = batch // len(routes)
-        groups = []
-        for name in dict.fromkeys(r for r in routes if r is not None):
-            rows = [i * repeat + k for i, r in enumerate(routes) if r == name for k in range(repeat)]
-            groups.append((name, torch.tensor(rows, device=self.device)))
-        return groups
+        return list(rows_by_name(tuple(routes), batch // len(routes), self.device))
 
     # ------------------------------------------------------------------ forwards run again by the backward pass
     def remember(self, output: Any) -> None:
@@ -464,7 +461,7 @@ class Inlay(nn.Module):
                 )
             self.route_groups(first(args, kwargs).shape[0], type(module).__name__)
             for mount in self.state.mounts.values():
-                mount.served = False
+                mount.router.served = False
         return (args, {name: value for name, value in kwargs.items() if name != "choices"}) if mine else None
 
     def forget(self) -> None:
@@ -515,11 +512,21 @@ class Inlay(nn.Module):
             return  # generating, an encoder has run before this forward
         wanted = {name for name in self.routes if name is not None}
         for mount in self.state.mounts.values():
-            if not mount.served and wanted & set(mount.levels):
+            if not mount.router.served and wanted & set(mount.levels):
                 raise RouteError(
                     f"'{mount.path}' was not called in this forward (its tensors are read by other code): "
                     "rows cannot be routed there; use one adapter at a time"
                 )
+
+
+@lru_cache(maxsize=16)
+def rows_by_name(routes: tuple[str | None, ...], repeat: int, device: torch.device) -> tuple[tuple[str, Tensor], ...]:
+    """Each adapter that rows are routed to with the indices of its rows, of which a row of the batch has `repeat`."""
+    rows: dict[str, list[int]] = {}
+    for i, name in enumerate(routes):
+        if name is not None:
+            rows.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
+    return tuple((name, torch.tensor(found, device=device)) for name, found in rows.items())
 
 
 def module_key(key: str) -> str:

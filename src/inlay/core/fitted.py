@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from inlay.core.levels import Level
 from inlay.core.method import HiddenMethod
-from inlay.core.mount import Level
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,10 @@ class Matrix(ABC):
         """y + x Δᵀ."""
         return y + self.apply(x)
 
+    def added_to(self, W: Tensor) -> Tensor:
+        """W + Δ in the type of W; a Δ of another type is formed in its own and rounded once."""
+        return W + self.dense().to(W.dtype)
+
     def squared_row_norms(self, W: Tensor, squares: Tensor) -> Tensor:
         """‖(W + Δ)_i‖² from the cached squares ‖W_i‖², without forming W + Δ."""
         return squares + 2 * self.row_dot(W) + self.row_squares()
@@ -113,6 +117,11 @@ class LowRank(Matrix):
             return y + self.apply(x)
         h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), h, self.B.to(x.dtype).T, alpha=self.scale).view(y.shape)
+
+    def added_to(self, W: Tensor) -> Tensor:
+        if not W.dtype == self.B.dtype == self.A.dtype:
+            return super().added_to(W)
+        return torch.addmm(W, self.B, self.A, alpha=self.scale)  # no Δ in between
 
     def dense(self) -> Tensor:
         return self.scale * (self.B @ self.A)

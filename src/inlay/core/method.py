@@ -177,6 +177,12 @@ class Method(nn.Module, ABC):
         every = dict(self.named_parameters()) | self.states()
         return {name: t for name, t in every.items() if not name.startswith(inner)}
 
+    def tensor(self, name: str) -> Tensor:
+        """Its own tensor of that name, or what `torch.func.functional_call` has put in its place."""
+        found = getattr(self, name)
+        assert isinstance(found, Tensor)
+        return found
+
     def made_of(self) -> dict[str, Method]:
         """The methods among its options, by the option's name."""
         return {name: value for name, value in self.fields().items() if isinstance(value, Method)}
@@ -329,7 +335,7 @@ class DeltaMethod(WeightMethod):
         return delta
 
     def weight(self, W: Tensor) -> Tensor:
-        return W + self.thin(self.delta()).dense().to(W.dtype)
+        return self.thin(self.delta()).added_to(W)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return self.site.add(self.thin(self.delta()), self.drop(x), y)

@@ -13,55 +13,34 @@ functional calls) is adapted too instead of silently not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.calls import first, first_output, replace_first, replace_first_output, some_rows, with_rows
-from inlay.core.errors import RouteError
+from inlay.core.calls import first, first_output, replace_first, replace_first_output
 from inlay.core.hosts import QuantisedHost
-from inlay.core.method import HiddenMethod, Method, ParameterMethod, WeightMethod
+from inlay.core.levels import (
+    Frame,
+    Level,
+    acts_on_output,
+    climb,
+    descend,
+    eased,
+    fold_experts,
+    has_closed_form,
+    kept,
+)  # fmt: skip
+from inlay.core.method import ParameterMethod, WeightMethod
 from inlay.core.needs import Needs
 from inlay.core.paths import prefers_effective
 from inlay.core.properties import adapt_tensors, release_tensors
 from inlay.core.quantised import dense
+from inlay.core.routed import Router
 from inlay.core.sharded import is_sharded
-from inlay.core.sites import Site
 
 if TYPE_CHECKING:
     from inlay.core.container import Ear, Inlay
-
-
-@dataclass(eq=False)
-class Level:
-    """One built method at one site."""
-
-    method: Method
-    site: Site
-
-    @property
-    def head(self) -> bool:
-        """Whether this is the task head trained beside the methods."""
-        return self.method.kind == "head"
-
-
-@dataclass(eq=False)
-class Frame:
-    """One running forward of a module."""
-
-    formed: dict[str, Tensor] = field(default_factory=dict)
-    """W′ and b′ for the forward to read, where forming them is the cheaper path."""
-    inputs: list[Tensor] = field(default_factory=list)
-    """Input of each level, where some act on inputs; else empty."""
-    routed: dict[str, list[Tensor]] = field(default_factory=dict)
-    """The same by adapter, for the rows that are routed to it."""
-    read: dict[tuple[str, bool, int], Tensor] = field(default_factory=dict)
-    """Closed forms read so far (with or without gradients): stacks of experts are read once per expert."""
-    below: list[Level] = field(default_factory=list)
-    """The levels under the one that acts on the output now, so that it can ask for the bias they give."""
 
 
 class Mount:
@@ -74,7 +53,7 @@ class Mount:
         self.levels: dict[str, list[Level]] = {}
         self.handles: list[Any] = []
         self.frames: list[Frame] = []  # one per forward of the owner that is running
-        self.served = False  # whether a routed forward has come through here
+        self.router = Router(self)
         self.needs = Needs()
         self.answers: dict[tuple[Any, ...], bool] = {}  # of `inlay.core.paths`
         self.attached: frozenset[str] | None = None  # tensors that are read through here; None: no hooks either
@@ -133,16 +112,12 @@ class Mount:
             return []  # without a state a copy of the model is on its way
         return [level for name in self.inlay.active for level in self.levels.get(name, ())]
 
-    def groups(self, batch: int) -> list[tuple[str, Tensor]]:
-        """Adapters that are here and asked for, with the indices of their rows."""
-        return [(name, rows) for name, rows in self.inlay.route_groups(batch, self.path) if self.levels.get(name)]
-
     # ------------------------------------------------------------------ the forward
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         frame = Frame()
         self.frames.append(frame)
         if self.inlay.routes is not None:
-            return self.enter_rows(frame, args, kwargs)
+            return self.router.enter(frame, args, kwargs)
         levels = self.active()
         if not levels:
             return None
@@ -160,7 +135,7 @@ class Mount:
             if output is None:  # the forward raised
                 return None
             routed = self.inlay.routes is not None
-            changed = (self.leave_rows if routed else self.act)(frame, module, args, kwargs, output)
+            changed = (self.router.leave if routed else self.act)(frame, module, args, kwargs, output)
             for ear in self.ears:
                 ear.give(first_output(output if changed is None else changed))
             return changed
@@ -176,20 +151,13 @@ class Mount:
         levels = self.active()
         if frame.formed or not any(acts_on_output(level) for level in levels):
             return None
-        y = first_output(output)
-        for k, level in enumerate(levels):
-            if acts_on_output(level):
-                own = frame.inputs and level.site.entry is None
-                frame.below = levels[:k]
-                y = by_rows(level, apply, frame.inputs[k] if own else self.input_of(level, args, kwargs), y)
-        frame.below = []
-        return replace_first_output(output, y)
+        inputs = frame.inputs or [first(args, kwargs)] * len(levels)
+        inputs = [self.input_of(level, x) for level, x in zip(levels, inputs, strict=True)]
+        return replace_first_output(output, climb(frame, levels, inputs, first_output(output)))
 
-    def input_of(self, level: Level, args: tuple, kwargs: dict) -> Tensor:
-        """The input of a level: that of this module, or of the module where its span begins."""
-        if level.site.entry is None:
-            return first(args, kwargs)
-        return self.inlay.spans[level.site.entry, self.path].input()
+    def input_of(self, level: Level, x: Tensor) -> Tensor:
+        """The input of a level: x, what enters this module there, or what enters the module where its span begins."""
+        return x if level.site.entry is None else self.inlay.spans[level.site.entry, self.path].input()
 
     # ------------------------------------------------------------------ closed form
     def form(self, levels: list[Level], args: tuple, kwargs: dict) -> dict[str, Tensor]:
@@ -279,168 +247,6 @@ class Mount:
         """Whether an adapter that keeps states of its own acts now, and is being trained."""
         return any(level.method.training for level in self.active() if kept(level))
 
-    # ------------------------------------------------------------------ rows of one batch to different adapters
-    def enter_rows(self, frame: Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """The inputs of rows whose adapter acts on inputs."""
-        if not any(name in self.levels for name in self.inlay.routes or ()):
-            return None
-        x = self.spread(self.checked(first(args, kwargs)))
-        for name, rows in self.groups(x.shape[0]):
-            levels = self.levels[name]
-            if any(level.method.acts_before for level in levels) and not self.reads_tensors(name):
-                with self.inlay.narrowed(rows):
-                    frame.routed[name], changed = descend(levels, x[rows])
-                x = x.index_copy(0, rows, changed)
-        return replace_first(args, kwargs, x) if frame.routed else None
-
-    def leave_rows(self, frame: Frame, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The base's output with the rows of every routed adapter replaced by what that adapter gives."""
-        self.served = True
-        whole = first_output(output)
-        output = replace_first_output(output, self.spread(whole))
-        for name, rows in self.groups(first_output(output).shape[0]):
-            if self.reads_tensors(name):
-                part = self.rerun(module, args, kwargs, name, rows, whole.shape[0])
-                output = with_rows(output, rows, part, first_output(output).shape[0])
-                continue
-            y = first_output(output)[rows]
-            below = frame.routed.get(name, [])
-            inputs = [
-                below[k]
-                if below and level.site.entry is None
-                else self.spread(self.input_of(level, args, kwargs))[rows]
-                for k, level in enumerate(self.levels[name])
-            ]
-            with self.inlay.narrowed(rows):
-                for k, (level, x) in enumerate(zip(self.levels[name], inputs, strict=True)):
-                    frame.below = self.levels[name][:k]
-                    y = apply(level, x, y)
-            frame.below = []
-            whole = first_output(output)
-            output = replace_first_output(output, with_rows(whole, rows, y, whole.shape[0]))
-        return output
-
-    def spread(self, t: Tensor) -> Tensor:
-        """One row that serves the whole batch (position embeddings) as one row each."""
-        n = len(self.inlay.routes or ())
-        return t.expand(n, *t.shape[1:]) if t.shape[0] == 1 and n > 1 else t
-
-    def reads_tensors(self, name: str) -> bool:
-        """Whether an adapter acts here through tensors that the module reads, so that it must run for its rows."""
-        return not all(acts_on_output(level) for level in self.levels[name])
-
-    def checked(self, x: Tensor) -> Tensor:
-        """x, or RouteError where the batch is not its first axis."""
-        if isinstance(self.owner, nn.MultiheadAttention) and not self.owner.batch_first:
-            raise RouteError(f"'{self.path}' has its batch on the second axis: use batch_first=True to route rows")
-        if x.is_nested:
-            raise RouteError(
-                f"'{self.path}' is given a nested tensor, whose rows cannot be routed: "
-                "build nn.TransformerEncoder with enable_nested_tensor=False"
-            )
-        return x
-
-    def rerun(self, module: nn.Module, args: tuple, kwargs: dict, name: str, rows: Tensor, batch: int) -> Any:
-        """The module on some rows (those of arguments with `batch` rows) as if `name` were the only adapter."""
-        if any(kwargs.get(cache) is not None for cache in CACHES):
-            raise RouteError(f"'{self.path}' would write its cache twice: rows cannot be routed there with a cache")
-        if batch > 1 or len(self.inlay.routes or ()) == 1:
-            args, kwargs = some_rows(args, rows, batch), some_rows(kwargs, rows, batch)
-        depth = len(self.frames)
-        try:
-            with self.inlay.only(name), self.inlay.narrowed(rows):
-                args, kwargs = self.enter(module, args, kwargs) or (args, kwargs)
-                output = type(module).forward(module, *args, **kwargs)
-                changed = self.leave(module, args, kwargs, output)
-        finally:
-            del self.frames[depth:]
-        return output if changed is None else changed
-
 
 ANSWERS = 64
 """Shapes of input for which a mount remembers its path."""
-CACHES = ("past_key_values", "past_key_value", "cache_params", "layer_past")
-"""Names under which transformers hands a cache to a module."""
-
-
-def descend(levels: list[Level], x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The input of each level, and that of the module below them all."""
-    inputs = [x] * len(levels)
-    for k in reversed(range(len(levels))):
-        inputs[k] = x
-        if levels[k].method.acts_before and acts_on_output(levels[k]):
-            x = by_rows(levels[k], before, x)
-    return inputs, x
-
-
-def fold_experts(t: Tensor, levels: list[Level]) -> Tensor:
-    """A stack (experts, …) with each level applied to its expert's matrix."""
-    parts = list(t.unbind(0))
-    for level in levels:
-        site, method = level.site, level.method
-        assert isinstance(method, WeightMethod)
-        assert site.expert is not None
-        W = site.matrix_of(parts[site.expert])
-        parts[site.expert] = site.stored_from(eased(method, W, method.weight(W)), parts[site.expert])
-    return torch.stack(parts)
-
-
-def acts_on_output(level: Level) -> bool:
-    """Whether a level acts through its module's output rather than through the tensor the module reads."""
-    if isinstance(level.method, HiddenMethod):
-        return True
-    return applies_matrix(level) and not reads_formed(level)
-
-
-def applies_matrix(level: Level) -> bool:
-    """Whether the module's own forward applies the matrix that a level adapts."""
-    host = level.site.host
-    return isinstance(level.method, WeightMethod) and host is not None and host.hooked
-
-
-def reads_formed(level: Level) -> bool:
-    """Whether such a module reads W′ in the place of W; quantised layers read their own storage."""
-    formed = isinstance(level.method, WeightMethod) and level.method.formed()
-    return formed and applies_matrix(level) and not isinstance(level.site.host, QuantisedHost)
-
-
-def kept(level: Level) -> dict[str, Tensor]:
-    """The buffers of the module of which a level has copies."""
-    return level.method.states() if isinstance(level.method, ParameterMethod) else {}
-
-
-def has_closed_form(method: Method) -> bool:
-    """Whether base tensors can stand for the method at this moment."""
-    return isinstance(method, ParameterMethod) or (isinstance(method, WeightMethod) and method.exact_now())
-
-
-def apply(level: Level, x: Tensor, y: Tensor) -> Tensor:
-    """One level's `after`, on its rows of a packed output."""
-    method, rows = level.method, level.site.rows
-    if rows is None:
-        return eased(method, y, method.after(x, y))
-    part = rows.take(y, -1)
-    return rows.put(y, eased(method, part, method.after(x, part)), -1)
-
-
-def before(level: Level, x: Tensor) -> Tensor:
-    """One level's `before`."""
-    return eased(level.method, x, level.method.before(x))
-
-
-def eased(method: Method, plain: Tensor, adapted: Tensor) -> Tensor:
-    """What becomes of `plain` where a method that would make it `adapted` acts at its present strength."""
-    return adapted if method.strength == 1.0 else plain.lerp(adapted, method.strength)
-
-
-def by_rows(level: Level, act: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`act(level, …)` on whole batches; row by row on nested tensors, whose rows differ in length."""
-    if not tensors[-1].is_nested:
-        return act(level, *tensors)
-    inlay = level.site.inlay
-    assert inlay is not None
-    done = []
-    for i, row in enumerate(zip(*(t.unbind() for t in tensors), strict=True)):
-        with inlay.narrowed(torch.tensor([i], device=row[0].device)):
-            done.append(act(level, *(t[None] for t in row))[0])
-    return torch.nested.as_nested_tensor(done, layout=tensors[-1].layout)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from inlay.core.method import HiddenMethod, ParameterMethod
 
 if TYPE_CHECKING:
-    from inlay.core.mount import Level
+    from inlay.core.levels import Level
 
 
 class Needs:

@@ -78,7 +78,7 @@ class Hadamard(Formed):
         return self.spread().apply(x) if spread else super().apply(x)
 
     def spread(self) -> LowRank:
-        """Δ = B A with the products of every two columns of B₁ and B₂ for B, and of every two rows of A₁ and A₂ for A."""
+        """Δ = B A: columns of B are products of one of B₁ and one of B₂, rows of A of one of A₁ and one of A₂."""
         B = (self.left.B.unsqueeze(2) * self.right.B.unsqueeze(1)).flatten(1)
         A = (self.left.A.unsqueeze(1) * self.right.A.unsqueeze(0)).flatten(0, 1)
         return LowRank(B, A, self.left.scale * self.right.scale)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from inlay.core.container import Inlay
 from inlay.core.errors import ComposeError
+from inlay.core.levels import Level, acts_on_output
 from inlay.core.method import Method, ParameterMethod, WeightMethod
-from inlay.core.mount import Level, acts_on_output
 from inlay.core.sites import Site
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ type and version counter: optimizer steps, `load_state_dict`, `.to(…)`, exchan
 optimizers, writes through `.data`) is met by forgetting everything in each forward that may train, and whenever the
 model's mode is set, by `train()` or `eval()`.
 
-Nothing is kept in forwards that are compiled, traced, captured as a CUDA graph, transformed by `torch.func` or watched
-by a dispatch mode, nor under FSDP2, whose whole tensors come and go behind their counters.
+Nothing is kept where forwards are compiled, traced, captured as a CUDA graph, transformed by `torch.func` or watched by
+a dispatch mode, nor under FSDP2, whose whole tensors come and go behind their counters.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Still:
 
     def get(self, method: Method, name: str, make: Callable[[], T]) -> T:
         """`make()`, or what it gave when the tensors that `method` reads were the same as now."""
-        if torch.compiler.is_compiling() or not self.on or method.training or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not self.on or method.training or torch.is_grad_enabled() or transformed():
             return make()
         site, kept = method.site, self.kept.get((method, name))
         if kept is not None and kept.module is site.module:
@@ -105,9 +105,13 @@ def elsewhere() -> bool:
     return (
         torch.jit.is_tracing()
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def transformed() -> bool:
+    """Whether `torch.func` is at work, as where one computation serves several adapters."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def holders_of(method: Method) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import AdapterError, RouteError
+from inlay.core.levels import Level
 from inlay.core.method import Method, PrefixMethod, PromptMethod
-from inlay.core.mount import Level
 from inlay.core.sharded import assembled
 from inlay.core.towers import Tower, arguments
 from inlay.core.virtual import Virtual, arrange, left_padding, trimmed

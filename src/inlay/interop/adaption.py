@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from inlay.core.errors import CheckpointError
+from inlay.core.levels import Level
 from inlay.core.method import Method
-from inlay.core.mount import Level
 from inlay.core.towers import Spot, spots_of
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import COMMON, Field, need

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import nn
 
 from inlay.core.errors import CheckpointError
+from inlay.core.levels import Level
 from inlay.core.method import Method
-from inlay.core.mount import Level
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import COMMON, SAVED, Field, Names, idle, need
 from inlay.methods.weight.bitfit import BitFit

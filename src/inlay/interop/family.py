@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from inlay.core.adapter import Adapter
 from inlay.core.errors import CheckpointError, SiteError, near
+from inlay.core.levels import Level
 from inlay.core.method import Method
-from inlay.core.mount import Level
 from inlay.core.sites import Site
 from inlay.core.where import Finder
 from inlay.interop.fields import Field

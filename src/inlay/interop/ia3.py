@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
 from inlay.core.hosts import ConvHost, LinearHost, TransposedHost
+from inlay.core.levels import Level
 from inlay.core.method import Method
-from inlay.core.mount import Level
 from inlay.core.sites import Site
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import COMMON, STORED_TRANSPOSED, TARGETS, Field, Names, idle, need

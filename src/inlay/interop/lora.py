@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
 from inlay.core.hosts import LinearHost, StoredHost
+from inlay.core.levels import Level
 from inlay.core.method import Method
-from inlay.core.mount import Level
 from inlay.core.sites import Site
 from inlay.interop import lora_layout as layout
 from inlay.interop.family import Family, Part, Reading, Writing, cannot, one_value

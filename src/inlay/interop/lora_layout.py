@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from inlay.core.levels import Level
 from inlay.core.matrices import LowRank
 from inlay.core.method import DeltaMethod, Method
-from inlay.core.mount import Level
 from inlay.interop.family import cannot
 from inlay.interop.modules import pads_otherwise
 from inlay.methods.weight.dora import DoRA

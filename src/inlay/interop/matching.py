@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from inlay.core.base import base_modules
 from inlay.core.where import inside
 
 HEADS = ("score", "classifier")

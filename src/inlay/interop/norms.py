@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from inlay.core.levels import Level
 from inlay.core.method import Method
-from inlay.core.mount import Level
 from inlay.interop.family import Family, Part, Reading, Writing, cannot
 from inlay.interop.fields import COMMON, TARGETS, Field
 from inlay.interop.saved import changed_buffers, keys_in, read_module, stored

@@ -20,8 +20,8 @@ from inlay.core.adapter import Adapter, model_is
 from inlay.core.building import build_sites, check_name, find_head, undone_on_error
 from inlay.core.errors import CheckpointError, OptionError, near
 from inlay.core.head import Head
+from inlay.core.levels import Level
 from inlay.core.method import Method, Placement
-from inlay.core.mount import Level
 from inlay.core.where import inside
 from inlay.interop import saved
 from inlay.interop.adalora import AdaloraFamily

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inlay.core.errors import CheckpointError
+from inlay.core.levels import Level
 from inlay.core.method import Method, PromptMethod
-from inlay.core.mount import Level
 from inlay.core.sites import Site
 from inlay.core.towers import Tower, towers
 from inlay.interop.family import Family, Part, Reading, Writing, cannot

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from inlay.core.building import find_head
 from inlay.core.errors import CheckpointError
 from inlay.core.head import Head
+from inlay.core.levels import Level
 from inlay.core.method import ParameterMethod
-from inlay.core.mount import Level
 from inlay.core.sites import Site
 from inlay.core.where import inside
 from inlay.interop.family import Part, Reading, Writing, cannot

@@ -12,8 +12,8 @@ from torch import Tensor
 from inlay.core.errors import CheckpointError
 from inlay.core.files import tensor_bytes
 from inlay.core.hosts import LinearHost, TransposedHost
+from inlay.core.levels import Level
 from inlay.core.method import Method
-from inlay.core.mount import Level
 from inlay.interop.family import Family, Part, Reading, Writing, cannot, one_value
 from inlay.interop.fields import COMMON, LAYERS, SAVED, STORED_TRANSPOSED, Field, Names, idle, need, read
 from inlay.interop.modules import whole_modules

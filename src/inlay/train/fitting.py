@@ -14,7 +14,7 @@ from inlay.core.checkpoint import TENSORS
 from inlay.core.errors import OptionError, SiteError
 from inlay.core.fitted import Features, Fitted, vectors
 from inlay.core.head import Head
-from inlay.core.mount import Level
+from inlay.core.levels import Level
 from inlay.evaluate.predict import measure
 from inlay.recipe import Recipe
 from inlay.train.about import about

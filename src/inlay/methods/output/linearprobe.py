@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from inlay.core.errors import OptionError, SiteError
 from inlay.core.fitted import Features, Fitted
 from inlay.core.head import Head
+from inlay.core.levels import Level
 from inlay.core.method import option, register
-from inlay.core.mount import Level
 from inlay.core.sites import Site
 from inlay.methods.output.convex import PENALTIES, Solution, best, logistic, ridge
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from inlay.core.errors import SiteError
 from inlay.core.fitted import Features, Fitted, vectors
+from inlay.core.levels import Level
 from inlay.core.method import option, register
-from inlay.core.mount import Level
 from inlay.core.sites import Site
 
 LEAST = 1e-4

@@ -39,5 +39,5 @@ class LoHa(Cored):
 
     def side(self, k: int, scale: float) -> LowRank:
         """B_k A_k."""
-        A, B = self.get_parameter(f"A{k}"), self.get_parameter(f"B{k}")
-        return LowRank(B, with_kernel(self.get_parameter(f"T{k}"), A) if self.has_core(self.site) else A, scale)
+        A, B = self.tensor(f"A{k}"), self.tensor(f"B{k}")
+        return LowRank(B, with_kernel(self.tensor(f"T{k}"), A) if self.has_core(self.site) else A, scale)

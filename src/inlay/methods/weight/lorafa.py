@@ -47,11 +47,16 @@ class LoRAFA(Ranked):
 class Corrected(torch.autograd.Function):
     """B itself, whose gradient is multiplied by (A Aᵀ + 10⁻⁸ I)⁺ / s² from the right."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, B: Tensor, A: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(A)
-        ctx.scale = scale
+    def forward(B: Tensor, A: Tensor, scale: float) -> Tensor:
         return B.view_as(B)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        _, A, ctx.scale = inputs
+        ctx.save_for_backward(A)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

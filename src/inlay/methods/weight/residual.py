@@ -32,6 +32,6 @@ class Residual(Ranked):
         return min(self.r, *site.shape) * (site.d_in + site.d_out)
 
     def delta(self) -> LowRank:
-        A, B = self.get_parameter("A"), self.get_parameter("B")
+        A, B = self.tensor("A"), self.tensor("B")
         A0, B0 = self.get_buffer("A0"), self.get_buffer("B0")
         return LowRank(torch.cat([B - B0, B0], 1), torch.cat([A, A - A0]), self.scale)
