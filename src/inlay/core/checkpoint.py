@@ -123,7 +123,7 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
     sites: list[dict[str, Any]] = []
     groups: dict[tuple[int, ...], int] = {}
     for level in adapter.levels:
-        group = groups.setdefault(tuple(id(peer) for peer in level.site.peers), len(groups))
+        group = groups.setdefault(tuple(map(id, level.site.peers)), len(groups))
         sites.append(describe_site(level.site) | {"slot": slots[id(level.method)].replace("/", "."), "group": group,
                                                   "method": level.method.specification(),
                                                   "head": isinstance(level.method, Head)})  # fmt: skip
