@@ -78,6 +78,17 @@ class Settings:
         default=0, doc="LoftQ: times that base and low-rank update are fitted to each other; 0: only rounded", low=0
     )
     gradient_checkpointing: bool = option(default=False, doc="recompute activations in the backward pass")
+    cache: Literal["auto", "memory", "disk", False] = option(  # YAML reads `off` as False
+        default="auto",
+        doc="compute what the frozen blocks below the lowest adapted place give once per row, and keep it: auto (where "
+        "that pays, in memory or, beyond cache_limit, on disk), memory, disk or off",
+    )
+    cache_limit: float = option(
+        default=2.0, doc="GB of memory that this may take; on disk up to ten times as much", low=0.0
+    )
+    cache_dtype: Literal["exact", "bfloat16"] = option(
+        default="exact", doc="how it is kept: as computed, or rounded, in half the bytes of float32"
+    )
     device: str = option(default="auto", doc="auto, cpu, cuda or cuda:N")
     # ------------------------------------------------------------------ evaluation
     evaluate_every: int | None = option(default=None, doc="steps between evaluations; once per epoch when null", low=1)

@@ -18,6 +18,7 @@ import pytest
 from inlay.catalogue import names
 from inlay.compare import compare, grid
 from inlay.compare.pool import lost
+from inlay.compare.show import line
 from inlay.core.errors import OptionError
 from inlay.core.method import method_from
 from inlay.methods import DoRA, VeRA
@@ -263,3 +264,15 @@ def test_rows_with_settings_of_their_own(recipe: Make) -> None:
 def test_wrong_rows(recipe: Make, methods: list, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         recipe(methods=methods)
+
+
+def test_cells_above_frozen_blocks_compute_these_once_and_say_so(recipe: Make) -> None:
+    top = {"method": "lora(r=2)", "layers": [1], "label": "top"}
+    result = compare(recipe(methods=[top, "lora(r=2)", "linearprobe"], base_dropout=False, epochs=2))
+    kept = {cell.method: cell.cache.get("kept") for cell in result.cells}
+    blocks, head = "what leaves the lowest 1 of 2 blocks", "what enters 'classifier'"
+    assert kept == {"top": blocks, "LoRA(r=2)": None, "LinearProbe": head}
+    note = next(note for note in result.notes if note.startswith("Computed once"))
+    assert note.endswith(f": {blocks} (top); {head} (LinearProbe).")
+    assert f"{blocks} computed once" in line("top", result.cells[0])
+    assert "once" not in line("LoRA(r=2)", result.cells[1])

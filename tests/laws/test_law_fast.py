@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import inlay
+from inlay.core import levels, mount, paths, products
 from inlay.core import matrices as m
-from inlay.core import mount, products
 from inlay.core.active import attached
 from inlay.core.method import WeightMethod
 from inlay.core.paths import prefers_effective
@@ -206,35 +206,48 @@ BENCHES = ("linear", "conv2d", "conv1d-point", "gpt2-qv", "timm")
 PATHS = [c for c in cases() if isinstance(c.method, WeightMethod) and c.bench.name in BENCHES and refused(c) is None]
 
 
+def asked_anew(model: torch.nn.Module) -> None:
+    """Paths are chosen again, by whatever chooses now."""
+    for one in attached(model).state.mounts.values():
+        one.answers.clear()
+
+
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in PATHS])
 def test_paths_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The factored and the effective path of every matrix method: outputs, and gradients of tensors and of inputs."""
+    """The factored, effective and lean paths of every matrix method: outputs, gradients of tensors and of inputs."""
     model, inputs = case.model(), case.feed()
     adapter = case.attach(model)
     stir(adapter)
     floating = {k: v.requires_grad_() for k, v in inputs.items() if v.is_floating_point()}
+    leaves = [*adapter.parameters(), *floating.values()]
     found = {}
-    choices = any(map(mount.acts_on_output, adapter.levels))
+    choices = any(map(levels.acts_on_output, adapter.levels))
     for effective in (False, True):
         formed: list[bool] = []
         if not choices:  # the module always reads W′: the other path is the one quantised layers take
-            monkeypatch.setattr(mount, "reads_formed", lambda level, choice=effective: choice)
+            monkeypatch.setattr(levels, "reads_formed", lambda level, choice=effective: choice)
             formed.append(effective)
 
         def choose(levels: Any, x: Tensor, choice: bool = effective, seen: list[bool] = formed) -> bool:
             seen.append(choice)
             return choice
 
-        monkeypatch.setattr(mount, "prefers_effective", choose)
-        for one in attached(model).state.mounts.values():
-            one.answers.clear()  # what was asked before the choice was ours
-        y = run(model, inputs)
-        leaves = [*adapter.parameters(), *floating.values()]
-        found[effective] = (y, torch.autograd.grad(y.sin().sum(), leaves))  # no norm, which rotations keep
+        with monkeypatch.context() as patch:
+            patch.setattr(mount, "lean_step", lambda *given: None)
+            patch.setattr(mount, "prefers_effective", choose)
+            asked_anew(model)
+            y = run(model, inputs)
+        found[str(effective)] = (y, torch.autograd.grad(y.sin().sum(), leaves))  # no norm, which rotations keep
         assert formed, "no path was chosen: the test tests nothing"
-    close(found[False][0], found[True][0], 1e-5, "outputs of the two paths")
-    for factored, effective_ in zip(found[False][1], found[True][1], strict=True):
-        close(factored, effective_, 2e-5, "gradients of the two paths")
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "pays", lambda form, tokens: True)
+        asked_anew(model)
+        y = run(model, inputs)
+        found["lean"] = (y, torch.autograd.grad(y.sin().sum(), leaves))
+    for path in ("True", "lean"):
+        close(found["False"][0], found[path][0], 1e-5, f"outputs of the two paths ({path})")
+        for factored, other in zip(found["False"][1], found[path][1], strict=True):
+            close(factored, other, 2e-5, f"gradients of the two paths ({path})")
 
 
 def test_the_cheaper_path_is_taken() -> None:

@@ -26,7 +26,6 @@ from inlay.train.measure import Watch, saved_for_backward, step_memory, storages
 from inlay.train.order import Order
 from inlay.train.progress import Bar, Silent
 from inlay.train.targets import start_at_labels
-from inlay.work import Shared
 
 Make = Callable[..., Recipe]
 
@@ -398,19 +397,19 @@ def test_cached_features_give_what_the_whole_model_gives(
 ) -> None:
     from tiny_task import make_data
 
-    from inlay.evaluate.predict import Whole
-    from inlay.train import frozen, loop
+    from inlay.train.headonly import HeadOnly
 
     fields: dict[str, Any] = {"method": "linearprobe", "base_dropout": False, "epochs": 3}
     if regression:
         fields["data"] = make_data(tmp_path / "scores", regression=True)
-    used = []
-    original = frozen.source_for
-    monkeypatch.setattr(loop, "source_for", lambda *a: used.append(original(*a)) or used[-1])
+    parts = []
+    original = HeadOnly.above
+    monkeypatch.setattr(HeadOnly, "above", lambda self, batch: parts.append(1) or original(self, batch))
     cached = train(recipe(**fields, output=str(tmp_path / "a")))
-    assert type(used[0]) is frozen.HeadOnly
-    monkeypatch.setattr(loop, "source_for", lambda work, *_: Whole(work))
-    plain = train(recipe(**fields, output=str(tmp_path / "b")))
+    assert len(parts) > cached.steps
+    assert cached.cache["kept"] == "what enters 'classifier'"
+    plain = train(recipe(**fields, output=str(tmp_path / "b"), cache=False))
+    assert plain.cache == {"why_not": "cache is off"}
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
@@ -418,13 +417,7 @@ def test_cached_features_give_what_the_whole_model_gives(
     assert evaluate(str(cached.folder)) == pytest.approx(cached.metrics, rel=1e-5)
 
 
-def test_features_are_not_cached_where_something_random_or_trained_is_below(recipe: Make) -> None:
-    from inlay.evaluate.predict import Whole
-    from inlay.train.frozen import source_for
-    from inlay.work import open_work
-
-    for fields in ({"method": "linearprobe"}, {"method": "lora", "base_dropout": False}):
-        made = recipe(**fields)
-        work = open_work(made, shared=Shared())
-        assert type(source_for(work, work.attach(made), made)) is Whole
-        core.detach(work.model)
+def test_features_are_not_cached_where_something_random_is_below(recipe: Make) -> None:
+    notes = Notes()
+    assert "random" in train(recipe(method="linearprobe"), notes).cache["why_not"]
+    assert "base_dropout: false" in notes.said[0]

@@ -38,6 +38,7 @@ def train(args: argparse.Namespace) -> None:
         "output": str(trained.folder), "metrics": trained.metrics, "steps": trained.steps, "seconds": trained.seconds,
         "adapter_parameters": trained.adapter_parameters, "head_parameters": trained.head_parameters,
         "file_bytes": trained.file_bytes, "peak_memory_bytes": trained.peak_memory_bytes,
+        "cache": trained.cache,
     }  # fmt: skip
     show(args, document, facts(document))
 

@@ -99,7 +99,7 @@ def measure(task: Task, progress: Progress, shared: Shared) -> Cell:
             head_parameters=trained.head_parameters, base_parameters=trained.adapter.base_parameters,
             file_bytes=trained.file_bytes, train_seconds=trained.seconds,
             peak_memory_bytes=trained.peak_memory_bytes, saved_for_backward_bytes=trained.saved_for_backward_bytes,
-            curve=trained.curve,
+            curve=trained.curve, cache=trained.cache,
         )  # fmt: skip
     finally:
         detach(trained.adapter.model)

@@ -67,6 +67,12 @@ def collect(recipe: CompareRecipe, cells: list[Cell], opened: Any, workers: int)
         found = measure(whole(opened), opened, "test", recipe.evaluate_batch)
         notes.append("The base without an adapter: " + ", ".join(f"{title(k)} {v:.3f}" for k, v in found.items()) + ".")
     notes += [opened.opened.note] if opened.opened.note else []
+    kept = {cell.method: cell.cache["kept"] for cell in cells if "kept" in cell.cache}
+    if kept:
+        told = "; ".join(
+            f"{what} ({', '.join(m for m in kept if kept[m] == what)})" for what in dict.fromkeys(kept.values())
+        )
+        notes.append(f"Computed once per row, so their seconds hold one pass through what lies below: {told}.")
     full = next((row.label for row in rows if isinstance(row.recipe.methods()[0], Full)), None)
     return Result(
         title=recipe.title or f"{len(rows)} methods on {opened.data.name}",

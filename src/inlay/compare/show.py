@@ -54,4 +54,5 @@ def line(name: str, cell: Cell) -> str:
     if cell.error is not None:
         return f"{name}: failed: {cell.error}"
     metrics = ", ".join(f"{k} {v:.3f}" for k, v in cell.metrics.items() if k != "loss")
-    return f"{name}: {metrics} · {cell.adapter_parameters:,} parameters · {cell.train_seconds:.1f} s"
+    once = f" · {cell.cache['kept']} computed once" if "kept" in cell.cache else ""
+    return f"{name}: {metrics} · {cell.adapter_parameters:,} parameters · {cell.train_seconds:.1f} s{once}"

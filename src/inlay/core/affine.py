@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.errors import OptionError
-from inlay.core.hosts import hollow
+from inlay.core.hollow import hollow
 
 CLIPS = tuple(0.96 - k * 0.46 / 11 for k in range(12))
 """How far a fitted grid may be clipped: from 0.96 down to half of the largest number."""

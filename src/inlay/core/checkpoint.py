@@ -28,7 +28,8 @@ from inlay.core.container import Made, module_key
 from inlay.core.errors import CheckpointError, OptionError
 from inlay.core.files import atomic, canonical, sha256, tensor_bytes, tensors_digest, write_text
 from inlay.core.head import Head
-from inlay.core.hosts import QuantisedHost, hollow
+from inlay.core.hollow import hollow
+from inlay.core.hosts import QuantisedHost
 from inlay.core.images import first_convolution
 from inlay.core.method import Method, Placement, method_from
 from inlay.core.quantised import dense, is_quantised

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from inlay.core.errors import SiteError
+from inlay.core.hollow import hollow
 from inlay.core.matrices import LowRank, Matrix
 from inlay.core.products import Tap
 from inlay.core.quantised import is_quantised
@@ -223,13 +224,6 @@ class StoredTransposedHost(TransposedHost):
     """The same, stored (in, out)."""
 
     hooked = False
-
-
-def hollow(t: Tensor) -> bool:
-    """Whether a tensor has a shape but no numbers: on the meta device, or while a plan is made."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return t.is_meta or isinstance(t, FakeTensor)
 
 
 def output_scale(module: nn.Embedding) -> float:

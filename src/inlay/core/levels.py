@@ -14,6 +14,7 @@ from inlay.core.method import HiddenMethod, Method, ParameterMethod, WeightMetho
 from inlay.core.sites import Site
 
 if TYPE_CHECKING:
+    from inlay.core.paths import LeanStep
     from inlay.core.routed import Group
 
 
@@ -36,6 +37,8 @@ class Frame:
 
     formed: dict[str, Tensor] = field(default_factory=dict)
     """W′ and b′ for the forward to read, where forming them is the cheaper path."""
+    lean: LeanStep | None = None
+    """What stands for this forward in the backward pass, where that is the cheapest path."""
     inputs: list[Tensor] = field(default_factory=list)
     """Input of each level, where some act on inputs; else empty."""
     routed: dict[Group, list[Tensor]] = field(default_factory=dict)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.core.leaves import Leaves
 
-class Matrix(ABC):
+
+class Matrix(Leaves, ABC):
     """A structured matrix of `shape` (d_out, d_in)."""
 
     shape: tuple[int, int]
@@ -52,13 +55,36 @@ class Matrix(ABC):
         """y + x Δᵀ."""
         return y + self.apply(x)
 
-    def added_to(self, W: Tensor) -> Tensor:
-        """W + Δ in the type of W; a Δ of another type is formed in its own and rounded once."""
-        return W + self.dense().to(W.dtype)
-
     def squared_row_norms(self, W: Tensor, squares: Tensor) -> Tensor:
         """‖(W + Δ)_i‖² from the cached squares ‖W_i‖², without forming W + Δ."""
         return squares + 2 * self.row_dot(W) + self.row_squares()
+
+    def added_to(self, W: Tensor) -> Tensor:
+        """W + Δ, a tensor of its own in the type of W."""
+        return W + self.dense().to(W.dtype)
+
+    def moved(self, tokens: int) -> int:
+        """Numbers that `apply` puts in another order between its products."""
+        return 0
+
+    @property
+    def remembers_input(self) -> bool:
+        """Whether the gradients of its tensors need all of x; else a few numbers per row of x do."""
+        return True
+
+    def pullback(self, x: Tensor, g: Tensor) -> list[Tensor | None]:
+        """Gradients of the leaves where x Δᵀ has the gradient g; x (n, d_in), g (n, d_out)."""
+        with torch.enable_grad():
+            leaves = [t.view_as(t) for t in self.leaves()]
+            dense = self.made_of(leaves).dense()
+        wanted = [t for t in leaves if t.requires_grad]
+        found = iter(torch.autograd.grad(dense, wanted, (g.T @ x).to(dense.dtype), allow_unused=True,
+                                         create_graph=torch.is_grad_enabled()) if wanted else ())  # fmt: skip
+        return [next(found) if t.requires_grad else None for t in leaves]
+
+    def pullback_flops(self, tokens: int) -> int:
+        """Multiply-adds × 2 of `pullback`."""
+        return 2 * tokens * prod(self.shape) + 3 * self.dense_flops()
 
     def scaled(self, s: float | Tensor) -> Matrix:
         return Scaled(self, s)
@@ -96,6 +122,38 @@ class Dense(Matrix):
         return F.embedding(ids, self.D.T)
 
 
+def addmm(y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
+    """y + s h Bᵀ."""
+    return torch.addmm(y, h, B.T, alpha=s)
+
+
+class AddProduct(torch.autograd.Function):
+    """The same, in one pass over y under `torch.vmap` too, which takes an addmm apart."""
+
+    @staticmethod
+    def forward(y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
+        return addmm(y, h, B, s)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+        _, h, B, ctx.s = inputs
+        ctx.save_for_backward(h, B)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h, B = ctx.saved_tensors
+        _, for_h, for_B, _ = ctx.needs_input_grad
+        return g, (g @ B) * ctx.s if for_h else None, g.mT @ (h * ctx.s) if for_B else None, None
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], y: Tensor, h: Tensor, B: Tensor, s: float) -> tuple[Tensor, int]:
+        y, h, B = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((y, h, B), dims, strict=False)
+        )
+        return torch.baddbmm(y, h, B.mT, alpha=s), 0
+
+
 class LowRank(Matrix):
     """Δ = s · B A with B (d_out, r) and A (r, d_in)."""
 
@@ -116,15 +174,36 @@ class LowRank(Matrix):
         if x.dim() < 2 or x.is_nested:
             return y + self.apply(x)
         h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), h, self.B.to(x.dtype).T, alpha=self.scale).view(y.shape)
-
-    def added_to(self, W: Tensor) -> Tensor:
-        if not W.dtype == self.B.dtype == self.A.dtype:
-            return super().added_to(W)
-        return torch.addmm(W, self.B, self.A, alpha=self.scale)  # no Δ in between
+        add = addmm if torch.compiler.is_compiling() else AddProduct.apply
+        return add(y.flatten(0, -2), h, self.B.to(x.dtype), self.scale).view(y.shape)
 
     def dense(self) -> Tensor:
         return self.scale * (self.B @ self.A)
+
+    def added_to(self, W: Tensor) -> Tensor:
+        return torch.addmm(W, self.B.to(W.dtype), self.A.to(W.dtype), alpha=self.scale)
+
+    def pullback(self, x: Tensor, g: Tensor) -> list[Tensor | None]:
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        dA: Tensor | None = None
+        dB: Tensor | None = None
+        D = None if self.pulls_apart(len(x)) else g.T @ x
+        if self.B.requires_grad:
+            dB = (self.scale * (g.T @ (x @ A.T) if D is None else D @ A.T)).to(self.B.dtype)
+        if self.A.requires_grad:
+            dA = (self.scale * ((g @ B).T @ x if D is None else B.T @ D)).to(self.A.dtype)
+        return [dB, dA]
+
+    @property
+    def remembers_input(self) -> bool:
+        return self.A.requires_grad
+
+    def pulls_apart(self, tokens: int) -> bool:
+        """Whether four thin products cost less than the one that is Δ's full gradient."""
+        return 2 * self.flops(tokens) < 2 * tokens * prod(self.shape)
+
+    def pullback_flops(self, tokens: int) -> int:
+        return min(2 * self.flops(tokens), 2 * tokens * prod(self.shape) + 2 * self.dense_flops())
 
     def row_dot(self, W: Tensor) -> Tensor:
         return self.scale * ((W.to(self.A.dtype) @ self.A.T) * self.B).sum(1)
@@ -263,6 +342,16 @@ class Sum(Matrix):
 
     def row_squares(self) -> Tensor:
         return self.dense().square().sum(1)  # the terms' cross products need one of each pair formed
+
+    def pullback(self, x: Tensor, g: Tensor) -> list[Tensor | None]:
+        return [d for t in self.terms for d in t.pullback(x, g)]
+
+    def pullback_flops(self, tokens: int) -> int:
+        return sum(t.pullback_flops(tokens) for t in self.terms)
+
+    @property
+    def remembers_input(self) -> bool:
+        return any(t.remembers_input for t in self.terms)
 
     def flops(self, tokens: int) -> int:
         return sum(t.flops(tokens) for t in self.terms)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import ComposeError, OptionError, SiteError, near
+from inlay.core.lean import Added, Form
 from inlay.core.matrices import Matrix
 from inlay.core.options import check_known, option, options
 
@@ -293,6 +294,10 @@ class WeightMethod(Method):
         """ΔW when W′ = W + ΔW, so that the cheapest path can be chosen; None otherwise."""
         return None
 
+    def form(self) -> Form | None:
+        """W ↦ W′ as it is now, with gradients of its own making; None where there is no such form."""
+        return None
+
     def exact_now(self) -> bool:
         """Whether `weight` gives what the forward pass gives now (not while dropout is active)."""
         return True
@@ -342,6 +347,10 @@ class DeltaMethod(WeightMethod):
 
     def update(self) -> Matrix | None:
         return self.delta()
+
+    def form(self) -> Form | None:
+        b, delta = self.site.bias, self.thin(self.delta())
+        return Added(delta) if delta.remembers_input and self.bias_of(b) is b else None
 
     def exact_now(self) -> bool:
         return self.dropout == 0.0 or not self.training

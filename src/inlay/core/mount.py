@@ -33,7 +33,7 @@ from inlay.core.levels import (
 )  # fmt: skip
 from inlay.core.method import ParameterMethod, WeightMethod
 from inlay.core.needs import Needs
-from inlay.core.paths import prefers_effective
+from inlay.core.paths import lean_step, prefers_effective
 from inlay.core.properties import adapt_tensors, release_tensors
 from inlay.core.quantised import dense
 from inlay.core.routed import Router
@@ -121,10 +121,15 @@ class Mount:
         levels = self.active()
         if not levels:
             return None
+        x = first(args, kwargs)
+        frame.lean = None if self.inlay.state.factored else lean_step(module, levels, x)
+        if frame.lean is not None:
+            frame.formed = frame.lean.formed()
+            return replace_first(args, kwargs, x.detach())
         frame.formed = self.form(levels, args, kwargs)
         if frame.formed or not any(level.method.acts_before for level in levels):
             return None
-        frame.inputs, x = descend(levels, first(args, kwargs))
+        frame.inputs, x = descend(levels, x)
         return replace_first(args, kwargs, x)
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -148,6 +153,8 @@ class Mount:
 
     def act(self, frame: Frame, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The levels that act on outputs, after the module's own forward."""
+        if frame.lean is not None:
+            return frame.lean.through(output)
         levels = self.active()
         if frame.formed or not any(acts_on_output(level) for level in levels):
             return None

@@ -40,6 +40,9 @@ class Kronecker(Matrix):
         p, q = self.P.shape
         return self.Q.flops(tokens * q) + 2 * tokens * p * q * self.Q.shape[0]
 
+    def moved(self, tokens: int) -> int:
+        return 8 * tokens * max(self.shape)
+
     def dense_flops(self) -> int:
         return self.Q.dense_flops() + prod(self.shape)
 
@@ -172,6 +175,10 @@ class Sandwich(Matrix):
     def row_squares(self) -> Tensor:
         MV = self.M.apply(self.V)  # V Mᵀ
         return ((self.U @ (MV.T @ MV)) * self.U).sum(1)
+
+    @property
+    def remembers_input(self) -> bool:
+        return self.V.requires_grad
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.U.shape[1] * sum(self.shape) + self.M.flops(tokens)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from inlay.core.contexts import Blanks, ContextMethod
 from inlay.core.errors import AdapterError, ComposeError, RouteError
-from inlay.core.hosts import hollow
+from inlay.core.hollow import hollow
 from inlay.core.tokens import TokenMount
 from inlay.core.towers import Tower, arguments
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import CalibrationError, SiteError
-from inlay.core.hosts import hollow
+from inlay.core.hollow import hollow
 from inlay.core.method import Method
 from inlay.core.sites import Site
 from inlay.core.spectrum import OVERSAMPLING, svd

@@ -8,19 +8,27 @@ methods that are any other function of W, the module reads W′ in the place of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from inlay.core.hosts import ConvHost
+from inlay.core.lean import PASS, Form, Gradients, Pass
+from inlay.core.leaves import Leaves
 from inlay.core.matrices import Dense
 from inlay.core.method import WeightMethod
 
 
 # ---------------------------------------------------------------------- maps
-class Map(ABC):
+class Map(Leaves, ABC):
     """A square matrix M that acts on the last axis. Factors keep their own type and are cast to that of the vectors."""
+
+    @property
+    @abstractmethod
+    def moves(self) -> int:
+        """Numbers that `of` reads and writes for every coordinate."""
 
     @abstractmethod
     def of(self, x: Tensor) -> Tensor:
@@ -36,6 +44,10 @@ class Scale(Map):
 
     def __init__(self, s: Tensor) -> None:
         self.s = s
+
+    @property
+    def moves(self) -> int:
+        return 2
 
     def of(self, x: Tensor) -> Tensor:
         return x * self.s.to(x.dtype)
@@ -53,6 +65,10 @@ class Blocks(Map):
     def __init__(self, blocks: Tensor, order: Tensor | None = None, back: Tensor | None = None) -> None:
         self.blocks, self.order, self.back = blocks, order, back
 
+    @property
+    def moves(self) -> int:
+        return 4 if self.order is None else 8
+
     def of(self, x: Tensor) -> Tensor:
         B = self.blocks.to(x.dtype)
         seen = x if self.order is None else x[..., self.order]
@@ -66,12 +82,21 @@ class Blocks(Map):
     def transposed(self) -> Map:
         return Blocks(self.blocks.mT, self.order, self.back)
 
+    @property
+    def plain(self) -> bool:
+        """Whether every block is one of its own and sees its coordinates as they lie."""
+        return self.order is None and self.blocks.shape[0] * self.blocks.shape[-1] > self.blocks.shape[-1]
+
 
 class Reflections(Map):
     """Block by block  I + Σ_k s_k û_k û_kᵀ  with û = u/‖u‖, every u (n, d/n) and its sign s_k ±1 or ±2."""
 
     def __init__(self, *terms: tuple[float, Tensor]) -> None:
         self.terms = [(s, u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(1e-12)) for s, u in terms]
+
+    @property
+    def moves(self) -> int:
+        return 10 * len(self.terms)
 
     def of(self, x: Tensor) -> Tensor:
         parts = x.unflatten(-1, tuple(self.terms[0][1].shape))
@@ -94,6 +119,10 @@ class Pairs(Map):
     def __init__(self, c1: Tensor, c2: Tensor, group: int) -> None:
         self.c1, self.c2, self.group = c1, c2, group
 
+    @property
+    def moves(self) -> int:
+        return 14
+
     def of(self, x: Tensor) -> Tensor:
         n = self.c1.shape[0]
         head = x if n == x.shape[-1] else x[..., :n]
@@ -115,6 +144,10 @@ class Plus(Map):
     def __init__(self, M: Map) -> None:
         self.M = M
 
+    @property
+    def moves(self) -> int:
+        return 2 + self.M.moves
+
     def of(self, x: Tensor) -> Tensor:
         return x + self.M.of(x)
 
@@ -128,6 +161,10 @@ class Product(Map):
     def __init__(self, *maps: Map) -> None:
         self.maps = maps
 
+    @property
+    def moves(self) -> int:
+        return sum(one.moves for one in self.maps)
+
     def of(self, x: Tensor) -> Tensor:
         for one in self.maps:
             x = one.of(x)
@@ -135,6 +172,70 @@ class Product(Map):
 
     def transposed(self) -> Map:
         return Product(*(one.transposed() for one in reversed(self.maps)))
+
+
+# ---------------------------------------------------------------------- the lean path
+class Turned(Form):
+    """W′ = W R with blocks R_i: the gradient of x passes through W x′ᵀ, x′ = R x, which is that of R as well."""
+
+    def __init__(self, R: Blocks) -> None:
+        self.R = R
+
+    def formed(self, W: Tensor) -> Tensor:
+        return self.R.transposed().of(W)  # rows: w ↦ w R
+
+    def backward(self, at: Pass) -> Gradients:
+        blocks = self.R.blocks
+        turned = at.g @ at.W  # of x′
+        parts = [t.unflatten(-1, blocks.shape[:2]).transpose(0, 1) for t in (turned, at.x)]  # (blocks, n, b)
+        gradient = parts[0].mT @ parts[1]
+        return self.R.transposed().of(turned) if at.for_x else None, [gradient.to(blocks.dtype)]
+
+    def lean_flops(self, tokens: int) -> int:
+        n = self.R.blocks.shape[0] * self.R.blocks.shape[-1]
+        return 4 * tokens * self.R.blocks.numel() + PASS * tokens * 3 * n
+
+    def factored_flops(self, tokens: int) -> int:
+        n = self.R.blocks.shape[0] * self.R.blocks.shape[-1]
+        return 6 * tokens * self.R.blocks.numel() + PASS * tokens * 6 * n
+
+
+class Mapped(Form):
+    """W′ = L W R, b′ = b or L b: the gradient of W′ in full, and from it those of the maps."""
+
+    def __init__(self, L: Map | None, R: Map | None, turns_bias: bool, shape: tuple[int, int]) -> None:
+        self.L, self.R, self.turns_bias, self.shape = L, R, turns_bias, shape
+
+    def formed(self, W: Tensor) -> Tensor:
+        W = W if self.R is None else self.R.transposed().of(W)  # rows: w ↦ w R
+        return W if self.L is None else self.L.of(W.mT).mT
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return b if b is None or self.L is None or not self.turns_bias else self.L.of(b)
+
+    def backward(self, at: Pass) -> Gradients:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            own = self.made_of([t.view_as(t) for t in self.leaves()])
+            W, b = own.formed(at.W), own.bias(at.b)
+        made, gradients = [W], [at.g.mT @ at.x]
+        if b is not None and b is not at.b:
+            made, gradients = [W, b], [*gradients, at.g.sum(0)]
+        wanted = [t for t in own.leaves() if t.requires_grad]
+        found = iter(torch.autograd.grad(made, wanted, gradients, create_graph=again))
+        leaves = [next(found) if t.requires_grad else None for t in own.leaves()]
+        return at.g @ (W if again else W.detach()) if at.for_x else None, leaves
+
+    def moved(self) -> int:
+        """Numbers read and written for every row, where the maps act on inputs and outputs."""
+        left = 0 if self.L is None else self.L.moves * self.shape[0] + (0 if self.turns_bias else 2 * self.shape[0])
+        return left + (0 if self.R is None else self.R.moves * self.shape[1])
+
+    def lean_flops(self, tokens: int) -> int:
+        return 2 * tokens * prod(self.shape) + 2 * PASS * prod(self.shape) * max(1, self.moved() // sum(self.shape))
+
+    def factored_flops(self, tokens: int) -> int:
+        return 3 * PASS * tokens * self.moved()
 
 
 # ---------------------------------------------------------------------- families
@@ -178,6 +279,14 @@ class TransformMethod(WeightMethod):
         if L is not None:
             wide = L.of(wide.mT).mT
         return wide.to(W.dtype)
+
+    def form(self) -> Form | None:
+        if self.formed():
+            return None
+        L, R = self.left(), self.right() if self.turns_input() else None
+        if L is None and isinstance(R, Blocks) and R.plain:
+            return Turned(R)
+        return Mapped(L, R, self.turns_bias, self.site.shape)
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
         L = self.left() if self.turns_bias else None

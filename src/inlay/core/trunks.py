@@ -86,9 +86,20 @@ def trunks(model: nn.Module, known: Anatomy | None = None) -> list[Trunk]:
     """The trunks of a model of known anatomy, that which reads the model's input first."""
     known = known or anatomy(model)
     modules = base_modules(model, remove_duplicate=False)
-    found = [trunk for label in known.n_blocks if (trunk := read(modules, known, label)) is not None]
+    return [trunk for label in labels(known) if (trunk := read(modules, known, label)) is not None]
+
+
+def labels(known: Anatomy) -> list[str]:
+    """The towers of a model, that which reads its input first."""
     entry = known.name_of(known.embed) if known.embed is not None else None
-    return sorted(found, key=lambda t: (f"{t.label}.embed" if t.label else "embed") != entry)
+    return sorted(known.n_blocks, key=lambda label: (f"{label}.embed" if label else "embed") != entry)
+
+
+def stack_of(known: Anatomy, label: str) -> tuple[str, ...]:
+    """Paths of a tower's blocks; empty where they are no modules."""
+    prefix = f"{label}." if label else ""
+    parts = [known.parts.get(f"{prefix}block[{i}]") for i in range(known.n_blocks[label])]
+    return tuple(part.path for part in parts if part is not None) if all(parts) else ()
 
 
 def trunk_of(model: nn.Module, label: str) -> Trunk:
@@ -101,11 +112,9 @@ def trunk_of(model: nn.Module, label: str) -> Trunk:
 
 def read(modules: dict[str, nn.Module], known: Anatomy, label: str) -> Trunk | None:
     """The trunk of a tower, None where its blocks are no modules or their widths are unknown."""
-    prefix = f"{label}." if label else ""
-    parts = [known.parts.get(f"{prefix}block[{i}]") for i in range(known.n_blocks[label])]
-    blocks = tuple(part.path for part in parts if part is not None)
+    prefix, blocks = f"{label}." if label else "", stack_of(known, label)
     crossed = any(a.is_cross for a in known.attention if a.tower == label)  # what it reads is not one sequence
-    if not blocks or len(blocks) < len(parts) or crossed:
+    if not blocks or crossed:
         return None
     neck = known.parts.get(f"{prefix}neck")
     end = known.trims.get(label) or (neck.path if neck is not None else blocks[-1])

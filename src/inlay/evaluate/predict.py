@@ -30,6 +30,10 @@ class Source(ABC):
     """Where batches come from and what computes them: the model itself, or its head on cached features."""
 
     @abstractmethod
+    def prepare(self, split: str) -> None:
+        """Do what is to be done once before the rows of a split are gone through."""
+
+    @abstractmethod
     def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
         """Rows of a split as a batch on the device."""
 
@@ -43,6 +47,9 @@ class Whole(Source):
     """The whole model."""
 
     work: Work
+
+    def prepare(self, split: str) -> None:
+        return
 
     def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
         return self.work.batch(split, indices)
@@ -58,6 +65,9 @@ class ByWords(Source):
     """A dual encoder as a classifier: an image's logits are its likeness to the text of every class."""
 
     work: Work
+
+    def prepare(self, split: str) -> None:
+        return
 
     def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
         return self.work.batch(split, indices)

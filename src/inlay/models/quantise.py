@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from inlay.core.affine import AffineLinear
 from inlay.core.errors import OptionError, SiteError
-from inlay.core.hosts import hollow
+from inlay.core.hollow import hollow
 from inlay.core.where import Finder
 
 KINDS = ("nf4", "int8", "int4")

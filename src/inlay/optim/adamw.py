@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from inlay.core.errors import AdapterError
-from inlay.core.hosts import hollow
+from inlay.core.hollow import hollow
 from inlay.core.sharded import is_sharded
 from inlay.optim.subspace import as_matrices, back, basis, into, state_numbers
 

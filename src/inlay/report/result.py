@@ -67,6 +67,7 @@ class Cell:
     peak_memory_bytes: int
     saved_for_backward_bytes: int
     curve: list[dict[str, Any]] = field(default_factory=list)  # [{"step": 10, "loss": 1.2, "epoch": 0.1}, …]
+    cache: dict[str, Any] = field(default_factory=dict)  # what frozen layers gave and was kept, or why nothing was
 
     def __post_init__(self) -> None:
         make_plain(self, f"run '{self.method}', seed {self.seed}: ")

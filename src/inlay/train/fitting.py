@@ -18,10 +18,12 @@ from inlay.core.levels import Level
 from inlay.evaluate.predict import measure
 from inlay.recipe import Recipe
 from inlay.train.about import about
-from inlay.train.frozen import HeadOnly
+from inlay.train.frozen import STATES
+from inlay.train.headonly import HeadOnly
 from inlay.train.measure import forward_memory
 from inlay.train.progress import Progress
 from inlay.train.state import write_json
+from inlay.train.store import Unfit
 from inlay.work import Work
 
 
@@ -59,9 +61,8 @@ class Fit:
         self.peak = self.memory() + train.x.nbytes + validation.x.nbytes
 
     def features(self, split: str) -> Features:
-        if split not in self.source.features:
-            self.source.compute(split)
-        return Features(vectors(self.source.features[split]), self.source.labels[split])
+        batch = self.source.batch(split, list(range(len(self.work.rows(split)))))
+        return Features(vectors(batch[STATES]), batch["labels"])
 
     def memory(self) -> int:
         """Peak bytes of a forward pass over as many rows as a batch of training has, the longest ones."""
@@ -95,14 +96,16 @@ def source_of(work: Work, adapter: Adapter, method: Fitted) -> HeadOnly:
         raise SiteError(
             f"{method.label()} is for models with one task head, this one has {list(adapter.head) or 'none'}"
         )
-    source = HeadOnly(work, work.model.get_submodule(adapter.head[0]))
-    with torch.no_grad():
-        x = source.seen(work.batch("train", [0]))[0]
-    if vectors(x).dim() != 2 or not source.holds():
+    try:
+        source = HeadOnly(work, adapter.head[0])
+        if vectors(source.seen(work.batch("train", [0]))).dim() != 2:
+            raise Unfit("a row has several vectors there")
+        source.check()
+    except Unfit as reason:
         raise SiteError(
             f"{method.label()} needs one vector of features a row, and '{adapter.head[0]}' of "
-            f"{type(work.model).__name__} reads something else"
-        )
+            f"{type(work.model).__name__} reads something else ({reason})"
+        ) from None
     return source
 
 
@@ -112,8 +115,8 @@ def check_affine(source: HeadOnly, head: list[Level]) -> None:
     values = {level.site.param: level.method.value for level in head if isinstance(level.method, Head)}
     if not values:
         return
-    batch = source.batch("train", list(range(min(8, len(source.labels["train"])))))
-    expected = F.linear(vectors(batch["features"]), values["weight"], values["bias"])
+    batch = source.batch("train", list(range(min(8, len(source.work.rows("train"))))))
+    expected = F.linear(vectors(batch[STATES]), values["weight"], values["bias"])
     found = source.forward(batch).logits
     if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise SiteError("the convex solver fits one linear layer, and this head does more: use solver='gradient'")

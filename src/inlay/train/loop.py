@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,15 @@ from inlay.models.loftq import loftq_base
 from inlay.recipe import Recipe
 from inlay.train.about import about
 from inlay.train.fitting import Fit, solved
-from inlay.train.frozen import source_for
 from inlay.train.groups import factor, optimiser, set_rate
 from inlay.train.measure import step_memory
 from inlay.train.modes import checkpointing, set_training
 from inlay.train.order import Order, mixed, split
 from inlay.train.progress import Progress, Silent
 from inlay.train.shortage import memory_advice, out_of_memory
+from inlay.train.source import source_for
 from inlay.train.state import Checkpoints, TrainError, claim, load_into, owned, snapshot, write_json
+from inlay.train.store import clear
 from inlay.train.targets import start_at_labels
 from inlay.train.tensorboard import Log
 from inlay.work import Shared, Work, open_work
@@ -55,6 +56,7 @@ class Trained:
         best_step: the step of the adapter that was kept.
         peak_memory_bytes, saved_for_backward_bytes: see `inlay.train.measure`; of the longest batch.
         file_bytes: of `adapter.safetensors`.
+        cache: what was kept of frozen layers' work, see `inlay.train.source.Chosen`; its bytes are in no other figure.
     """
 
     adapter: Adapter
@@ -68,6 +70,7 @@ class Trained:
     peak_memory_bytes: int
     saved_for_backward_bytes: int
     file_bytes: int
+    cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def adapter_parameters(self) -> int:
@@ -110,6 +113,7 @@ def train(recipe: Recipe, progress: Progress | None = None, shared: Shared | Non
             work.model.eval()
             numbers = json.loads(finished.read_text(encoding="utf-8"))
             return Trained(adapter=adapter, folder=folder, **numbers)
+        clear(folder)
         adapter = work.attach(recipe)
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -126,6 +130,7 @@ def train(recipe: Recipe, progress: Progress | None = None, shared: Shared | Non
                 raise TrainError(memory_advice(recipe, folder)) from error
             raise
         finally:
+            clear(folder)
             progress.close()
 
 
@@ -155,9 +160,14 @@ class Run:
         self.total = recipe.steps or math.ceil(recipe.epochs * self.order.steps_per_epoch)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.own, self.optimizer, recipe.keep_last)
         self.checkpoints.sweep()
-        self.source: Source
         self.saved_bytes, self.step_bytes = self.memory()
+        began = time.perf_counter()  # chosen of the fresh adapter, so that a resumed run chooses the same
+        chosen = source_for(work, adapter, recipe, self.total / self.order.steps_per_epoch, progress.say)
+        self.source: Source = chosen.source
+        self.cache = chosen.about
+        took = time.perf_counter() - began
         self.state, self.best = self.checkpoints.restore()
+        self.state.seconds += took if self.state.step == 0 else 0.0
         if self.state.step == 0 and any(starts_from_data(level.method) for level in adapter.levels):
             self.calibrate()
 
@@ -192,9 +202,10 @@ class Run:
         if recipe.gradient_checkpointing:
             checkpointing(self.model, True)
         started = time.perf_counter()
-        self.source = source_for(self.work, self.adapter, recipe)
+        if state.step < self.total and not state.stopped:
+            self.source.prepare("train")
         if state.step == 0:
-            state.seconds += time.perf_counter() - started  # computing frozen features is part of training
+            state.seconds += time.perf_counter() - started  # computing frozen states is part of training
         with Log(self.folder / "logs" if recipe.tensorboard else None, state.step) as log:
             while state.step < self.total and not state.stopped:
                 started = time.perf_counter()
@@ -287,6 +298,7 @@ class Run:
             "metrics": metrics, "validation": state.validation, "curve": state.curve, "seconds": state.seconds,
             "steps": state.step, "best_step": state.best_step, "peak_memory_bytes": max(peak, state.peak_memory),
             "saved_for_backward_bytes": self.saved_bytes, "file_bytes": (self.folder / TENSORS).stat().st_size,
+            "cache": self.cache,
         }  # fmt: skip
         write_json(self.folder / "result.json", numbers)
         self.checkpoints.clear()

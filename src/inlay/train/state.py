@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from inlay.core.calibrate import fit
 from inlay.core.errors import InlayError
 from inlay.core.files import atomic, canonical, tensors_digest
-from inlay.recipe import Settings, as_dict
+from inlay.core.options import options
+from inlay.recipe import Recipe, Settings, as_dict
 
-HARMLESS = ("output", "checkpoint_every", "keep_last", "tensorboard")
+HARMLESS = ("output", "checkpoint_every", "keep_last", "tensorboard", "cache", "cache_limit")
 """Fields that may change between a run and its resumption: they do not touch what is trained."""
 
 
@@ -167,7 +168,7 @@ def claim(folder: Path, recipe: Settings, fingerprint: str) -> None:
             for p in folder.glob(name)]  # fmt: skip
     if mark.exists() and kept:  # a run that failed before its first checkpoint leaves nothing to lose
         found = json.loads(mark.read_text(encoding="utf-8"))
-        before, now = found["recipe"], json.loads(canonical(wanted["recipe"]))
+        before, now = defaults() | found["recipe"], json.loads(canonical(wanted["recipe"]))
         changed = [k for k in {**before, **now} if k not in HARMLESS and before.get(k) != now.get(k)]
         if changed:
             told = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in changed)
@@ -178,6 +179,11 @@ def claim(folder: Path, recipe: Settings, fingerprint: str) -> None:
     if (folder / "adapter.safetensors").exists():
         raise TrainError(f"{folder} holds an adapter that was not trained there: choose another output")
     write_json(mark, wanted)
+
+
+def defaults() -> dict[str, Any]:
+    """What fields were before a recipe had them."""
+    return {name: field.default for name, field in options(Recipe).items() if field.default is not MISSING}
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from inlay.core.hollow import hollow
+from inlay.core.lean import Form, Gain
 from inlay.core.method import WeightMethod, option, register
 from inlay.core.sites import Site
 
@@ -46,6 +48,9 @@ class SSF(WeightMethod):
 
     def weight(self, W: Tensor) -> Tensor:
         return self.gamma.to(W.dtype)[:, None] * W
+
+    def form(self) -> Form | None:
+        return Gain(self.gamma, self.beta) if hollow(self.gamma) or bool(self.gamma.all()) else None
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
         return b if b is None or self.beta is None else self.gamma.to(b.dtype) * b + self.beta.to(b.dtype)

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.core.lean import Form, RowScaled
 from inlay.core.method import DeltaMethod, WeightMethod, option, register
 from inlay.core.sites import Site
 from inlay.methods.weight.lora import LoRA
@@ -74,6 +75,10 @@ class DoRA(WeightMethod):
         after = self.of.bias_of(bias)
         assert after is not None
         return c * self.site.add(delta, self.of.drop(x), y) + self.site.outward(after, y)
+
+    def form(self) -> Form | None:
+        b = self.site.bias
+        return RowScaled(self.ratio(), self.of.thin(self.of.delta())) if self.bias_of(b) is b else None
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
         return self.of.bias_of(b)

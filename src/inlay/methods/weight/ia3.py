@@ -5,6 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.core.hollow import hollow
+from inlay.core.lean import ColumnGain, Form, Gain
 from inlay.core.method import WeightMethod, option, register
 from inlay.core.sites import Site
 
@@ -45,6 +47,11 @@ class IA3(WeightMethod):
     def weight(self, W: Tensor) -> Tensor:
         scale = self.l.to(W.dtype)
         return W * scale if self.on_input else scale[:, None] * W
+
+    def form(self) -> Form | None:
+        if self.on_input:
+            return ColumnGain(self.l)
+        return Gain(self.l) if hollow(self.l) or bool(self.l.all()) else None
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
         return b if b is None or self.on_input else self.l.to(b.dtype) * b
