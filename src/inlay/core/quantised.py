@@ -45,7 +45,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 @cache
-def dequantises(kind: type) -> bool:
+def dequantises(kind: Any) -> bool:
     """Whether a class has what a `Quantised` has; looking for it in every module would take a protocol long."""
     return any("dequantize" in vars(base) for base in kind.__mro__)
 
