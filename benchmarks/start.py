@@ -233,7 +233,8 @@ def grow(library: str, name: str, spec: str, number: str) -> None:
     else:
         import peft
 
-        wrapped, made = peft.get_peft_model(own, config(method, where), adapter_name="first"), config(method, where)
+        made: Any = config(method, where)
+        wrapped = peft.get_peft_model(own, made, adapter_name="first")
         held = sum(p.nbytes for p in own.parameters() if p.requires_grad)
 
         def add(one: str) -> None:
@@ -351,13 +352,13 @@ SECTIONS: dict[str, tuple[Callable[[Case, int], Iterator[Row]], list[Case], int]
 
 
 # ---------------------------------------------------------------------- all of them
-def page(rows: list[Row]) -> str:
+def page(rows: list[Row], note: str) -> str:
     about = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
     parts = [
         "# Importing, attaching, saving, loading, switching, merging, evaluating\n\nMade by `python "
         "benchmarks/start.py`; what is measured is said at the top of that file. Random weights, float32, one thread, "
         f"CPU time; medians. `peft` and inlay took turns in one process, so their ratio is firmer. {about}, "
-        f"peft {version('peft')}.\n"
+        f"peft {version('peft')}. {note}\n"
     ]
     for section in SECTIONS:
         here = [row for row in rows if row.section == section]
@@ -386,6 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), metavar="section", help=", ".join(SECTIONS))
     parser.add_argument("--rounds", type=int, help="instead of each section's own")
+    parser.add_argument("--note", default="", help="a sentence for the page, as on what else the machine did")
     parser.add_argument("--again", action="store_true", help="measure rows that are there again")
     parser.add_argument("--grow", nargs=4, help=argparse.SUPPRESS)  # what runs in processes of their own
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
@@ -406,7 +408,7 @@ def main() -> None:
                 print(*row.key, shown(row), flush=True)
             write(file, list(done.values()))
             gc.collect()
-    write_text(RESULTS / "README.md", page(list(done.values())))
+    write_text(RESULTS / "README.md", page(list(done.values()), args.note))
 
 
 if __name__ == "__main__":

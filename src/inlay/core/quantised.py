@@ -41,7 +41,8 @@ def is_quantised(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if weight is not None and (unpacks(weight) or maker(weight) == "bitsandbytes"):
         return isinstance(module, nn.Linear)
-    return dequantises(type(module)) and isinstance(module, Quantised)
+    kind: Any = type(module)
+    return dequantises(kind) and isinstance(module, Quantised)
 
 
 @cache
