@@ -16,7 +16,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -74,6 +73,8 @@ class Embedded:
 def table(path: Path) -> dict[str, Embedded]:
     """Read an `embedded.toml`: one table per name; the fields of `Archive` lie beside those of `Embedded`."""
     keys = [f.name for f in fields(Archive)]
+    import tomllib
+
     entries = tomllib.loads(path.read_text(encoding="utf-8"))
     return {
         name: Embedded(

@@ -16,6 +16,7 @@ from torch import Tensor
 import inlay
 from inlay.core import levels, mount, paths, products
 from inlay.core import matrices as m
+from inlay.core.active import attached
 from inlay.core.method import WeightMethod
 from inlay.core.paths import prefers_effective
 from inlay.methods import LoRA
@@ -205,6 +206,12 @@ BENCHES = ("linear", "conv2d", "conv1d-point", "gpt2-qv", "timm")
 PATHS = [c for c in cases() if isinstance(c.method, WeightMethod) and c.bench.name in BENCHES and refused(c) is None]
 
 
+def asked_anew(model: torch.nn.Module) -> None:
+    """Paths are chosen again, by whatever chooses now."""
+    for one in attached(model).state.mounts.values():
+        one.answers.clear()
+
+
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in PATHS])
 def test_paths_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The factored, effective and lean paths of every matrix method: outputs, gradients of tensors and of inputs."""
@@ -228,11 +235,13 @@ def test_paths_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(mount, "lean_step", lambda *given: None)
             patch.setattr(mount, "prefers_effective", choose)
+            asked_anew(model)
             y = run(model, inputs)
         found[str(effective)] = (y, torch.autograd.grad(y.sin().sum(), leaves))  # no norm, which rotations keep
         assert formed, "no path was chosen: the test tests nothing"
     with monkeypatch.context() as patch:
         patch.setattr(paths, "pays", lambda form, tokens: True)
+        asked_anew(model)
         y = run(model, inputs)
         found["lean"] = (y, torch.autograd.grad(y.sin().sum(), leaves))
     for path in ("True", "lean"):

@@ -56,9 +56,10 @@ def activate(inlay: Inlay, names: Sequence[str]) -> None:
         raise AdapterError(f"an adapter acts once at most, got {list(names)}")
     check_stack(inlay, [*merged, *names])
     inlay.state.active = list(names)
-    for name, module in inlay.adapters.items():
-        for p in module.parameters():
+    for name in [*(inlay.state.asking - {*names}), *names]:
+        for p in inlay.adapters[name].parameters():
             p.requires_grad_(name in names and p.is_floating_point())
+    inlay.state.asking = {*names}
 
 
 # ---------------------------------------------------------------------- on the model

@@ -28,6 +28,7 @@ from inlay.core.anatomy_data import (
     Tower,
 )
 from inlay.core.anatomy_names import Anatomy, Attention, Part
+from inlay.core.base import base_modules
 
 __all__ = ["Anatomy", "Attention", "Part", "anatomy"]
 
@@ -102,7 +103,7 @@ def _outwards(path: str) -> list[str]:
 
 class _Reader:
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules = base_modules(model, remove_duplicate=False)
 
     def read(self) -> Anatomy:
         architecture, stacks = self.configured()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from inlay.core.active import activate, attached, detach
+from inlay.core.base import base_parameters
 from inlay.core.companion import Companion
 from inlay.core.container import Inlay
 from inlay.core.errors import AdapterError, OptionError, SiteError
@@ -51,7 +52,8 @@ def build(
 
 def build_sites(model: nn.Module, inlay: Inlay, name: str, pairs: Sequence[tuple[Method, Site]], seed: int) -> None:
     """Build each method at its site and switch the adapter on; call it inside `undone_on_error`."""
-    if any(is_sharded(p) for p in model.parameters()):
+    acting = [p for other in inlay.active for p in inlay.adapters[other].parameters()]
+    if any(is_sharded(p) for p in (*base_parameters(model), *acting)):
         raise AdapterError("the model is spread over processes already: attach adapters first, then call fully_shard")
     with torch.random.fork_rng(devices=[]), inlay.only():  # methods read the base as it is, whatever acts on it
         torch.manual_seed(seed)
@@ -62,11 +64,10 @@ def build_sites(model: nn.Module, inlay: Inlay, name: str, pairs: Sequence[tuple
             compose(inlay, name, site, method)
             inlay.put(model, name, site, method)
     placed(inlay.tensors, inlay.device)
-    inlay.train(model.training)
+    inlay.adapters[name].train(model.training)
     inlay.refresh()
-    for n, p in model.named_parameters():
-        if not n.startswith("inlay."):
-            p.requires_grad_(False)
+    for p in base_parameters(model):
+        p.requires_grad_(False)
     activate(inlay, [name])
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from inlay.core.active import attached, container, unadapted
 from inlay.core.adapter import Adapter
+from inlay.core.base import base_modules
 from inlay.core.building import build_sites, check_name, undone_on_error
 from inlay.core.companion import Companion
 from inlay.core.container import Made, module_key
@@ -123,7 +124,7 @@ def describe(adapter: Adapter, about: dict[str, Any]) -> dict[str, Any]:
     sites: list[dict[str, Any]] = []
     groups: dict[tuple[int, ...], int] = {}
     for level in adapter.levels:
-        group = groups.setdefault(tuple(id(peer) for peer in level.site.peers), len(groups))
+        group = groups.setdefault(tuple(map(id, level.site.peers)), len(groups))
         sites.append(describe_site(level.site) | {"slot": slots[id(level.method)].replace("/", "."), "group": group,
                                                   "method": level.method.specification(),
                                                   "head": isinstance(level.method, Head)})  # fmt: skip
@@ -286,7 +287,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, any_base
     document, tensors = read(folder)
     name = name or str(document["name"])
     check_name(model._modules.get("inlay"), name)
-    sites = [site_from(model, record, folder) for record in document["sites"]]
+    modules = base_modules(model)
+    sites = [site_from(model, modules, record, folder) for record in document["sites"]]
     methods = [method_in(r, folder) for r in document["sites"]]
     with unadapted(model):
         own = [site for site, r in zip(sites, document["sites"], strict=True) if not r["head"]]
@@ -375,9 +377,8 @@ def restore(adapter: Adapter, document: dict[str, Any], tensors: dict[str, Tenso
         raise CheckpointError(f"{folder} has tensors the model has no place for: {', '.join(sorted(extra)[:5])}")
 
 
-def site_from(model: nn.Module, record: dict[str, Any], folder: Path) -> Site:
-    """The site a record names in this model; its module and shape must be there."""
-    modules = dict(model.named_modules())
+def site_from(model: nn.Module, modules: dict[str, nn.Module], record: dict[str, Any], folder: Path) -> Site:
+    """The site a record names in this model, whose modules these are; its module and shape must be there."""
     path = record["path"]
     if path not in modules:
         raise CheckpointError(f"{folder} adapts '{path}', which this {type(model).__name__} does not have: wrong base?")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from inlay.core.positions import marked_prompts, real_tokens, spread
 from inlay.core.prompted import Prompted
 from inlay.core.rotary import Rotary, rotaries
 from inlay.core.sites import Site
+from inlay.core.still import Still
 from inlay.core.tokens import Entry, TokenMount
 from inlay.core.tracks import track_of
 
@@ -107,6 +108,8 @@ class State:
     """Python-side state of `model.inlay`, kept out of nn.Module's bookkeeping."""
 
     active: list[str] = field(default_factory=list)
+    asking: set[str] = field(default_factory=set)
+    """Adapters whose tensors ask for gradients."""
     routes: list[str | None] | None = None
     mounts: dict[str, Mount] = field(default_factory=dict)
     tokens: dict[str, TokenMount] = field(default_factory=dict)
@@ -129,6 +132,8 @@ class State:
     """Names of the model's positional arguments."""
     factored: bool = False
     """Act on outputs even where forming W′ is cheaper: a merge is proved by the path that does not form it."""
+    still: Still = field(default_factory=Still)
+    """What methods have computed and may use again while nothing trains."""
     running: bool = False
     """Whether the whole model's forward has begun and not ended."""
     handles: list[Any] = field(default_factory=list)
@@ -166,6 +171,11 @@ class Inlay(nn.Module):
     def forward(self, x: Any) -> Any:
         """x itself: an `nn.Sequential` calls all its children."""
         return x
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as of any module; what was computed before may not hold any more."""
+        self.state.still.forget()
+        return super().train(mode)
 
     # ------------------------------------------------------------------ adapters and levels
     @property
@@ -225,13 +235,13 @@ class Inlay(nn.Module):
             return
         if site.tower is not None:
             for tokens in self.token_mounts(site, method):
-                tokens.levels.setdefault(adapter, []).append(Level(method, site))
+                tokens.add(adapter, Level(method, site))
             return
         for path, module in [(site.path, site.module), *((path, module) for path, module, _ in site.ties)]:
             mount = self.mount(model, path, module)
             tied = next((name for p, _, name in site.ties if p == path), None)
             here = site if tied is None else tied_site(site, path, module, tied)
-            mount.levels.setdefault(adapter, []).append(Level(method, here))
+            mount.add(adapter, Level(method, here))
         for entry in site.entrances:
             if (entry, site.path) not in self.spans:
                 span = Span(self.state)
@@ -285,14 +295,15 @@ class Inlay(nn.Module):
 
     def refresh(self) -> None:
         """Make hooks and properties match the levels that are there."""
-        for mount in self.everything:
-            mount.refresh()
+        new = [mount.refresh() for mount in self.state.mounts.values()]
+        for tokens in self.state.tokens.values():
+            tokens.settle(any(new))  # their hooks come after those of mounts
 
     def drop(self, adapter: str) -> None:
         """Forget one adapter."""
         for mount in self.everything:
-            mount.levels.pop(adapter, None)
-        asked = {(source, path) for path, mount in self.state.mounts.items() for source in mount.sources()}
+            mount.drop(adapter)
+        asked = {(source, path) for path, mount in self.state.mounts.items() for source in mount.needs.heard}
         for source, path in [key for key in self.ears if key not in asked]:
             self.state.mounts[source].ears.remove(self.ears.pop((source, path)))
         self.refresh()
@@ -302,14 +313,24 @@ class Inlay(nn.Module):
         for span in [span for span in self.spans if span not in needed]:
             self.spans.pop(span).handle.remove()
         del self.adapters[adapter]
+        self.state.still.forget()
         self.state.made.pop(adapter, None)
         self.state.companions.pop(adapter, None)
-        used = {name for other in self.adapters for level in self.levels(other) for name in level.site.uses}
-        for name in [name for name in self.tensors._buffers if name not in used]:
+        for name in self.unused():
             del self.tensors._buffers[name]
             self.state.given.discard(name)
             self.state.derived.discard(name)
         self.state.active = [name for name in self.active if name != adapter]
+        self.state.asking.discard(adapter)
+
+    def unused(self) -> set[str]:
+        """Names of the shared tensors that no adapter uses."""
+        left = {*self.tensors._buffers}
+        for adapter in self.adapters:
+            if not left:
+                break
+            left -= {name for level in self.levels(adapter) for name in level.site.uses}
+        return left
 
     def close(self) -> None:
         """Remove every hook; the model is as it was."""
@@ -410,6 +431,7 @@ class Inlay(nn.Module):
             self.forget()
         self.state.running = True
         if not torch.compiler.is_compiling():
+            self.state.still.begin(module)
             if torch._C._current_graph_task_id() == -1:
                 self.resume()  # the last backward pass ended with an error
             for companion in self.companions() if torch.is_grad_enabled() else ():
@@ -453,7 +475,7 @@ class Inlay(nn.Module):
         self.forget()
         acting = {*self.active} if self.routes is None else {*self.routes}
         for path in unasked:
-            if output is not None and acting & set(self.state.mounts[path].levels):
+            if output is not None and any(name in self.state.mounts[path].levels for name in acting):
                 raise AdapterError(
                     f"'{path}' was not called in this forward: other code (a fused kernel) read its tensors, past the "
                     "method there. Switch the kernel off; one that is for training alone rests in eval mode"
@@ -461,6 +483,7 @@ class Inlay(nn.Module):
 
     def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         self.state.running = False
+        self.state.still.end()
         self.state.call.cache = None  # it may be large, and is the caller's
         self.check_asked(output)
         changed = self.with_added(args, kwargs, output)

@@ -24,6 +24,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torc
 """Largest accepted difference between adapted and merged outputs, relative to the largest output."""
 
 
+PROBES = 4
+"""Random vectors that a linear layer is proved on: an entry of W that is wrong shows in each."""
+
+
 @dataclass(frozen=True)
 class Merged:
     """What a merge came to."""
@@ -78,25 +82,28 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False, requantise: b
     modes = {module: module.__dict__["training"] for module in model.modules()}
     active = inlay.state.active
     model.eval()
+    worst = 0.0
+    ties: dict[int, nn.Parameter] = {}
     try:
-        with inlay.only(*names):
-            inlay.state.factored = True
-            before = {mount: probe(mount) for mount in stacks}
-            replacements = {mount: merged_tensors(mount, levels) for mount, levels in stacks.items()}
+        inlay.state.factored = True
         inlay.state.merged_names, inlay.state.active_before = names, active
-        put(model, stacks, replacements)
+        # module by module: its tensors are at hand for the proof, and no second copy of the model is made
+        for mount, levels in stacks.items():
+            with inlay.only(*names), inlay.state.still.holding():
+                before, tensors = probe(mount), merged_tensors(mount, levels)
+            put(model, mount, levels, tensors, ties)
+            with inlay.only():
+                found = difference(before, probe(mount))
+            limit = max((TOLERANCE.get(t.dtype, 0.0) for t in tensors.values()), default=0.0)
+            if not found <= limit:
+                raise MergeError(
+                    f"merged and adapted outputs of '{mount.path}' differ by {found:.2e} (tolerance {limit:.0e}): "
+                    "nothing merged"
+                )
+            worst = max(worst, found)
         for rotary in rotaries(model):
             rotary.merge(names)
         activate(inlay, [n for n in active if n not in names])
-        with inlay.only():
-            worst = max((difference(before[mount], probe(mount)) for mount in before), default=0.0)
-        limit = max(
-            (TOLERANCE.get(t.dtype, 0.0) for tensors in replacements.values() for t in tensors.values()), default=0.0
-        )
-        if not worst <= limit:
-            raise MergeError(
-                f"merged and adapted outputs differ by {worst:.2e} (tolerance {limit:.0e}): nothing merged"
-            )
         rounding = quantised_again(model) if requantise else {}
     except BaseException:
         if inlay.state.merged_names:
@@ -111,29 +118,31 @@ def merge(model: nn.Module, *names: str, dequantise: bool = False, requantise: b
     return Merged(worst, rounding)
 
 
-def put(model: nn.Module, stacks: dict[Mount, list[Level]], replacements: dict[Mount, dict[str, Tensor]]) -> None:
-    """Let the merged tensors take the places of the base's, which are set aside; ties of trained copies stay tied."""
-    state = attached(model).state
-    ties: dict[int, nn.Parameter] = {}
-    for mount, tensors in replacements.items():
-        if is_quantised(mount.module) and "weight" in tensors:
-            bias = tensors.get("bias", mount.module._parameters.get("bias"))
-            old_module = mount.module
-            state.swapped[mount.path] = old_module
-            exchange(model, old_module, plain(old_module, tensors["weight"], bias))
+def put(
+    model: nn.Module, mount: Mount, levels: list[Level], tensors: dict[str, Tensor], ties: dict[int, nn.Parameter]
+) -> None:
+    """Let a module's merged tensors take the places of the base's, which are set aside.
+
+    `ties` knows what took the place of which, so that trained copies of tied tensors stay tied.
+    """
+    state, module = attached(model).state, mount.module
+    if is_quantised(module) and "weight" in tensors:
+        bias = tensors.get("bias", module._parameters.get("bias"))
+        state.swapped[mount.path] = module
+        exchange(model, module, plain(module, tensors["weight"], bias))
+        return
+    only_copies = all(isinstance(level.method, ParameterMethod) for level in levels)
+    for name, t in tensors.items():
+        if name in module._buffers:
+            state.merged[(mount.path, name)], module._buffers[name] = module._buffers[name], t
             continue
-        only_copies = all(isinstance(level.method, ParameterMethod) for level in stacks[mount])
-        for name, t in tensors.items():
-            if name in mount.module._buffers:
-                state.merged[(mount.path, name)], mount.module._buffers[name] = mount.module._buffers[name], t
-                continue
-            old = mount.module._parameters[name]
-            assert old is not None
-            new = ties.get(id(old)) if only_copies else None
-            new = nn.Parameter(t, requires_grad=False) if new is None else new
-            ties[id(old)] = new
-            state.merged[(mount.path, name)] = old
-            mount.module._parameters[name] = new
+        old = module._parameters[name]
+        assert old is not None
+        new = ties.get(id(old)) if only_copies else None
+        new = nn.Parameter(t, requires_grad=False) if new is None else new
+        ties[id(old)] = new
+        state.merged[(mount.path, name)] = old
+        module._parameters[name] = new
 
 
 def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -224,8 +233,22 @@ def merged_tensors(mount: Mount, levels: list[Level]) -> dict[str, Tensor]:
             continue
         wide = mount.fold(name, levels, old.detach().to(torch.promote_types(old.dtype, torch.float32)))
         assert wide is not None
-        tensors[name] = wide.to(old.dtype).contiguous().clone()
+        tensors[name] = of_its_own(wide.to(old.dtype), [old, *(t for level in levels for t in held(level))])
     return tensors | {name: t.clone() for level in levels for name, t in kept(level).items()}
+
+
+def held(level: Level) -> list[Tensor]:
+    """The tensors of a level's method, those included that it shares with others."""
+    inlay, site = level.site.inlay, level.site
+    shared = [] if inlay is None else [inlay.tensors._buffers[name] for name in site.uses]
+    return [t for t in (*level.method.parameters(), *level.method.buffers(), *shared) if t is not None]
+
+
+def of_its_own(t: Tensor, others: list[Tensor]) -> Tensor:
+    """t, contiguous, in memory that is no other tensor's and no larger than it."""
+    storage = t.untyped_storage()
+    fresh = all(storage.data_ptr() != other.untyped_storage().data_ptr() for other in others)
+    return t if fresh and t.is_contiguous() and storage.nbytes() == t.nbytes else t.contiguous().clone()
 
 
 def probe(mount: Mount) -> Tensor | None:
@@ -251,7 +274,7 @@ def probe(mount: Mount) -> Tensor | None:
             x = x.unsqueeze(-1) if isinstance(module, nn.BatchNorm2d) else x[..., None, None]
     else:
         assert site.host is not None
-        x = torch.randn(8, site.host.to_matrix(p).shape[1], generator=generator).to(p.device, p.dtype)
+        x = torch.randn(PROBES, site.host.to_matrix(p).shape[1], generator=generator).to(p.device, p.dtype)
     return first_output(module(x))
 
 

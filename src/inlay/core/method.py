@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 M = TypeVar("M", bound="Method")
+T = TypeVar("T")
 
 REGISTRY: dict[str, type[Method]] = {}
 """Every final method by its name: being registered means being documented, offered and tested."""
@@ -136,6 +137,15 @@ class Method(nn.Module, ABC):
         """A regulariser that belongs to the method, added to the loss; None for none."""
         return None
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """make(), computed once while nothing trains (`inlay.core.still`).
+
+        It may depend on the method's own tensors, the shared ones it uses and those of its module, and on nothing else;
+        and as it is kept, it must be small: vectors, blocks, never a matrix as large as W.
+        """
+        inlay = self.site.inlay
+        return make() if inlay is None else inlay.state.still.get(self, name, make)
+
     def step(self, progress: float, optimizer: Optimizer | None) -> None:
         """What happens between optimizer steps; `progress` runs from 0 to 1, the optimizer is for who needs it."""
         return
@@ -160,7 +170,7 @@ class Method(nn.Module, ABC):
                 {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
             )
         for name, t in self.own_tensors().items():
-            t.data.copy_(tensors[name])
+            t.detach().copy_(tensors[name])  # which the tensor's version counter sees
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Parameters and states without those of the methods it is made of."""
@@ -330,7 +340,7 @@ class DeltaMethod(WeightMethod):
         return delta
 
     def weight(self, W: Tensor) -> Tensor:
-        return W + self.thin(self.delta()).dense().to(W.dtype)
+        return self.thin(self.delta()).added_to(W)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return self.site.add(self.thin(self.delta()), self.drop(x), y)

@@ -31,7 +31,8 @@ from inlay.core.levels import (
     has_closed_form,
     kept,
 )  # fmt: skip
-from inlay.core.method import HiddenMethod, ParameterMethod, WeightMethod
+from inlay.core.method import ParameterMethod, WeightMethod
+from inlay.core.needs import Needs
 from inlay.core.paths import lean_step, prefers_effective
 from inlay.core.properties import adapt_tensors, release_tensors
 from inlay.core.quantised import dense
@@ -53,39 +54,56 @@ class Mount:
         self.handles: list[Any] = []
         self.frames: list[Frame] = []  # one per forward of the owner that is running
         self.router = Router(self)
+        self.needs = Needs()
+        self.answers: dict[tuple[Any, ...], bool] = {}  # of `inlay.core.paths`
+        self.attached: frozenset[str] | None = None  # tensors that are read through here; None: no hooks either
         self.entries: set[str] = set()  # modules where the spans that end here begin
         self.ears: list[Ear] = []  # of methods elsewhere that hear this module's output
         self.heard: set[str] = set()  # modules whose outputs methods here hear
 
     # ------------------------------------------------------------------ attaching
-    def refresh(self) -> None:
-        """Attach exactly what the levels need; call after they change."""
-        self.remove()
-        levels = [level for stack in self.levels.values() for level in stack]
-        if not levels and not self.ears:
-            return
-        self.entries = {path for level in levels for path in level.site.entrances}
-        self.heard = self.sources()
-        names = {level.site.param for level in levels if not isinstance(level.method, HiddenMethod)}
-        names |= {level.site.bias_name for level in levels if level.method.acts_on_bias}
-        names = {name for name in names if self.module._parameters.get(name) is not None}
-        names |= {name for level in levels for name in kept(level)}
-        if names:
-            adapt_tensors(self.module, self, frozenset(names))
-        self.handles.append(self.owner.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True))
-        self.handles.append(self.owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True))
+    def add(self, adapter: str, level: Level) -> None:
+        """Put a level on top of an adapter's; `refresh` attaches what it needs."""
+        self.levels.setdefault(adapter, []).append(level)
+        self.needs.count(level, 1)
+
+    def drop(self, adapter: str) -> None:
+        """Forget an adapter's levels; `refresh` removes what no other needs."""
+        for level in self.levels.pop(adapter, ()):
+            self.needs.count(level, -1)
+        self.answers.clear()
+
+    def refresh(self) -> bool:
+        """Attach exactly what the levels need, and say whether that took new hooks; call after they change.
+
+        What is attached already stays: the cost does not grow with the adapters that are there.
+        """
+        if not self.levels and not self.ears:
+            self.remove()
+            return False
+        self.entries, self.heard = {*self.needs.entries}, {*self.needs.heard}
+        names = {name for name in self.needs.tensors if self.module._parameters.get(name) is not None}
+        names |= {*self.needs.states}
+        new, before = self.attached is None, self.attached or frozenset()
+        self.attached = frozenset(names)
+        if names != before:
+            adapt_tensors(self.module, self, self.attached) if names else release_tensors(self.module)
+        if new:
+            self.handles = [
+                self.owner.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
+                self.owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+            ]
+        return new
 
     def remove(self) -> None:
         """Leave the module as it was."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        release_tensors(self.module)
-
-    def sources(self) -> set[str]:
-        """Paths of the modules whose outputs methods here hear."""
-        levels = [level for stack in self.levels.values() for level in stack]
-        return {source.path for level in levels for source in level.site.hears.values()}
+        self.answers.clear()
+        if self.attached:
+            release_tensors(self.module)
+        self.attached = None
 
     # ------------------------------------------------------------------ which levels act
     def active(self) -> list[Level]:
@@ -157,10 +175,22 @@ class Mount:
         if not hooked or self.inlay.state.factored:
             return {}
         x = first(args, kwargs)
-        if x.is_nested or not prefers_effective([(lv.method, lv.site) for lv in hooked], x):
+        if x.is_nested or not self.prefers_effective(hooked, x):
             return {}
         names = {lv.site.param for lv in levels} | {lv.site.bias_name for lv in levels if lv.method.acts_on_bias}
         return {name: t for name in names if (t := self.fold(name, levels)) is not None}
+
+    def prefers_effective(self, levels: list[Level], x: Tensor) -> bool:
+        """`inlay.core.paths` on these levels, asked once for each shape of input: the answer hangs on shapes alone."""
+        pairs = [(level.method, level.site) for level in levels]
+        if torch.compiler.is_compiling():  # asked when traced, which is once
+            return prefers_effective(pairs, x)
+        question = (x.shape, x.dtype, torch.is_grad_enabled(), *levels)
+        if question not in self.answers:
+            if len(self.answers) == ANSWERS:
+                self.answers.clear()
+            self.answers[question] = prefers_effective(pairs, x)
+        return self.answers[question]
 
     def fold(self, name: str, levels: list[Level], base: Tensor | None = None) -> Tensor | None:
         """The base's tensor `name` (or `base` in its stead) with these levels in closed form, None if there is none.
@@ -223,3 +253,7 @@ class Mount:
     def updates_states(self) -> bool:
         """Whether an adapter that keeps states of its own acts now, and is being trained."""
         return any(level.method.training for level in self.active() if kept(level))
+
+
+ANSWERS = 64
+"""Shapes of input for which a mount remembers its path."""

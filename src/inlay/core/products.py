@@ -69,12 +69,28 @@ class Formed(Matrix):
 
 
 class Hadamard(Formed):
-    """Δ = (B₁A₁) ⊙ (B₂A₂), of rank up to r₁·r₂."""
+    """Δ = (B₁A₁) ⊙ (B₂A₂), of rank up to r₁·r₂: also the low-rank product of r₁·r₂ pairs of columns and of rows."""
 
     def __init__(self, left: LowRank, right: LowRank) -> None:
         if left.shape != right.shape:
             raise ValueError(f"Hadamard needs two factors of one shape, got {left.shape} and {right.shape}")
         self.left, self.right, self.shape = left, right, left.shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        spread = self.spread_flops(x.numel() // self.shape[1]) < super().flops(x.numel() // self.shape[1])
+        return self.spread().apply(x) if spread else super().apply(x)
+
+    def spread(self) -> LowRank:
+        """Δ = B A: columns of B are products of one of B₁ and one of B₂, rows of A of one of A₁ and one of A₂."""
+        B = (self.left.B.unsqueeze(2) * self.right.B.unsqueeze(1)).flatten(1)
+        A = (self.left.A.unsqueeze(1) * self.right.A.unsqueeze(0)).flatten(0, 1)
+        return LowRank(B, A, self.left.scale * self.right.scale)
+
+    def spread_flops(self, tokens: int) -> int:
+        return (2 * tokens + 1) * self.left.rank * self.right.rank * sum(self.shape)
+
+    def flops(self, tokens: int) -> int:
+        return min(super().flops(tokens), self.spread_flops(tokens))
 
     def dense(self) -> Tensor:
         return self.left.dense() * self.right.dense()

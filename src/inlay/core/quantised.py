@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,7 +41,14 @@ def is_quantised(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if weight is not None and (unpacks(weight) or maker(weight) == "bitsandbytes"):
         return isinstance(module, nn.Linear)
-    return isinstance(module, Quantised)
+    kind: Any = type(module)
+    return dequantises(kind) and isinstance(module, Quantised)
+
+
+@cache
+def dequantises(kind: Any) -> bool:
+    """Whether a class has what a `Quantised` has; looking for it in every module would take a protocol long."""
+    return any("dequantize" in vars(base) for base in kind.__mro__)
 
 
 def unpacks(t: Tensor) -> bool:

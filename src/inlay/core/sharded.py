@@ -7,6 +7,7 @@ Reading a spread tensor whole is a collective: every process must take part.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,12 @@ def is_sharded(t: Tensor | None) -> bool:
     from torch.distributed.tensor import DTensor  # a slow import
 
     return isinstance(t, DTensor)
+
+
+def spreads(model: nn.Module) -> bool:
+    """Whether FSDP2 holds the tensors of a model, or of a part that has one of its own; it must be loaded to do so."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def whole(t: Tensor) -> Tensor:

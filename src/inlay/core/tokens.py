@@ -34,10 +34,25 @@ class TokenMount(ABC):
     def __init__(self, module: nn.Module, inlay: Inlay, path: str) -> None:
         self.module, self.inlay, self.path = module, inlay, path
         self.levels: dict[str, list[Level]] = {}
+        self.attached = False
+
+    def add(self, adapter: str, level: Level) -> None:
+        """Put a level on top of an adapter's; `settle` attaches what it needs."""
+        self.levels.setdefault(adapter, []).append(level)
+
+    def drop(self, adapter: str) -> None:
+        """Forget an adapter's levels; `settle` removes what no other needs."""
+        self.levels.pop(adapter, None)
+
+    def settle(self, anew: bool) -> None:
+        """Attach what levels need, whichever they are; what is attached already stays, unless asked to be `anew`."""
+        if anew or self.attached != bool(self.levels):
+            self.refresh()
+            self.attached = bool(self.levels)
 
     @abstractmethod
     def refresh(self) -> None:
-        """Attach exactly what the levels need; call after they change."""
+        """Attach exactly what the levels need; what is attached goes first."""
 
     @abstractmethod
     def remove(self) -> None:

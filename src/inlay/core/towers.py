@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.anatomy import Anatomy, Attention, Part, anatomy
+from inlay.core.base import base_modules
 from inlay.core.dual import Joint, read_joint
 from inlay.core.errors import CheckpointError, SiteError
 from inlay.core.method import AttentionMethod, Method, PrefixMethod, PromptMethod, SideAttentionMethod, TokenMethod
@@ -112,7 +113,7 @@ class Tower:
 def towers(model: nn.Module, known: Anatomy | None = None) -> list[Tower]:
     """The towers of a model of known anatomy, that which reads the model's tokens first."""
     known = known or anatomy(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = base_modules(model, remove_duplicate=False)
     found = [read_tower(modules, known, label) for label in known.n_blocks]
     entry = known.name_of(known.embed) if known.embed is not None else None
     return sorted(found, key=lambda tower: tower.embed != entry)

@@ -76,7 +76,7 @@ class Blocks(Map):
         if B.shape[0] == 1:
             out = (parts @ B[0].mT).flatten(-2)
         else:
-            out = torch.einsum("...nj,nij->...ni", parts, B).flatten(-2)
+            out = torch.bmm(parts.flatten(0, -3).transpose(0, 1), B.mT).transpose(0, 1).reshape(x.shape)
         return out if self.back is None else out[..., self.back]
 
     def transposed(self) -> Map:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.anatomy import Anatomy, anatomy
+from inlay.core.base import base_modules
 from inlay.core.errors import CheckpointError, SiteError
 from inlay.core.hosts import host_of
 from inlay.core.method import HiddenMethod
@@ -84,7 +85,7 @@ class SideMethod(HiddenMethod):
 def trunks(model: nn.Module, known: Anatomy | None = None) -> list[Trunk]:
     """The trunks of a model of known anatomy, that which reads the model's input first."""
     known = known or anatomy(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = base_modules(model, remove_duplicate=False)
     return [trunk for label in labels(known) if (trunk := read(modules, known, label)) is not None]
 
 

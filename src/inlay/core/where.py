@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from inlay.core.anatomy import Anatomy, Part, anatomy
+from inlay.core.base import base_modules
 from inlay.core.contexts import ContextMethod, context_sites
 from inlay.core.errors import SiteError, near
 from inlay.core.hosts import Host, LinearHost, QuantisedHost, StoredHost, StoredTransposedHost, host_of, operation
@@ -52,9 +53,7 @@ class Finder:
 
     def __post_init__(self) -> None:
         self.anatomy = anatomy(self.model)
-        self.modules = {
-            path: m for path, m in self.model.named_modules() if not inside(path, "inlay") and not self._in_head(path)
-        }
+        self.modules = {path: m for path, m in base_modules(self.model).items() if not self._in_head(path)}
         depths = {p.depth for p in self.anatomy.parts.values()} | {_first_number(path) for path in self.modules}
         for layer in self.layers or ():
             if layer not in depths:

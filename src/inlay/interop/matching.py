@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from inlay.core.base import base_modules
 from inlay.core.where import inside
 
 HEADS = ("score", "classifier")
@@ -30,9 +31,7 @@ def task_of(model: nn.Module) -> str | None:
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The base's modules by path, without the root and without what inlay attached."""
-    for path, module in model.named_modules():
-        if path and not inside(path, "inlay"):
-            yield path, module
+    yield from ((path, module) for path, module in base_modules(model).items() if path)
 
 
 def ends(path: str, names: Iterable[str]) -> bool:

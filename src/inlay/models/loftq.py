@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from inlay.core.active import activate, attached
 from inlay.core.adapter import Adapter
+from inlay.core.base import base_modules
 from inlay.core.checkpoint import read, site_from
 from inlay.core.container import Made
 from inlay.core.errors import AdapterError, CheckpointError, OptionError
@@ -106,10 +107,11 @@ def loftq_base(model: nn.Module, folder: str | Path) -> list[str]:
         raise CheckpointError(f"{folder} needs its base in full, with nothing attached yet, to quantise it again")
     store = partial(quantised, kind=about["kind"], group=about["group"])
     before: dict[str, list[tuple[Site, Factors]]] = {}
+    modules = base_modules(model)
     for record in document["sites"]:
         names = [f"base.{record['key']}.{name}" for name in "BA"]
         if names[0] in tensors:
-            site = site_from(model, record, Path(folder))
+            site = site_from(model, modules, record, Path(folder))
             B, A = (tensors[name].to(site.parameter_device) for name in names)
             before.setdefault(site.path, []).append((site, (B, A)))
     layers = linear_layers(model, document["head"])

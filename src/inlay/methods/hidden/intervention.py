@@ -143,8 +143,8 @@ class Rotated(Intervention):
 
     @property
     def R(self) -> Tensor:
-        """(sets, r, d), orthonormal rows."""
-        return orthonormal(self.A)
+        """(sets, r, d), orthonormal rows; made once while nothing trains."""
+        return self.once("R", lambda: orthonormal(self.A))
 
 
 class Biased(Rotated):

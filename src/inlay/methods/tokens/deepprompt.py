@@ -73,7 +73,7 @@ class DeepPrompt(PrefixMethod):
 
     # ------------------------------------------------------------------ what the attentions see
     def prefix(self, i: int) -> tuple[Tensor, Tensor]:
-        P_k, P_v = self.whole(i)
+        P_k, P_v = self.once(f"prefix {i}", lambda: self.whole(i)) if "mlp" in self._modules else self.whole(i)
         return self.drop(P_k), self.drop(P_v)
 
     def drop(self, P: Tensor) -> Tensor:

@@ -60,8 +60,10 @@ class PTuning(PromptMethod):
         return self.tokens * site.features
 
     def prompt(self) -> Tensor:
-        if "P" in self._parameters:
-            return self.P
+        return self.P if "P" in self._parameters else self.once("prompt", self.made)
+
+    def made(self) -> Tensor:
+        """P, out of the encoder."""
         x = self.E if self.encoder == "mlp" else self.read(self.E)
         *inner, last = self.mlp
         for layer in inner:

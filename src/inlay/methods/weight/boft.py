@@ -55,7 +55,7 @@ class BOFT(Rotation):
         return Product(*(Blocks(R[i], order[i] if i else None, back[i] if i else None) for i in range(self.factors)))
 
     def left(self) -> Map | None:
-        maps: list[Map] = [self.rotation().transposed()] if self.site.is_embedding else []
+        maps: list[Map] = [self.turned()] if self.site.is_embedding else []
         return Product(*maps, *([] if self.s is None else [Scale(self.s)]))
 
     def exact_now(self) -> bool:

@@ -53,7 +53,10 @@ class DoRA(WeightMethod):
         self.measure(self.site)  # of the base as it is now; m stays at the norms of W, which W + ΔW is to come near
 
     def ratio(self) -> Tensor:
-        """m / ‖W + ΔW‖, (d_out,), gradient through m alone."""
+        """m / ‖W + ΔW‖, (d_out,), gradient through m alone; measured once while nothing trains."""
+        return self.once("ratio", self.measured)
+
+    def measured(self) -> Tensor:
         W = self.site.weight
         squares = (
             self.of.delta().squared_row_norms(W.to(self.m.dtype), self.get_buffer("squares").to(self.m.dtype)).detach()

@@ -42,6 +42,9 @@ class NOLA(Ranked):
         return 2 * self.bases
 
     def delta(self) -> LowRank:
+        return self.once("delta", self.mixed)  # as large as a LoRA
+
+    def mixed(self) -> LowRank:
         d_out, d_in = self.shape
         A0 = self.leading("A0", d_in) * d_in**-0.5
         return LowRank(self.leading("B", d_out) @ self.b, (A0 + self.leading("A", d_in) @ self.a).T, self.scale)

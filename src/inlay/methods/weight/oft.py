@@ -61,7 +61,7 @@ class OFT(Rotation):
         return Blocks(resting(R, self.dropout) if self.training and self.dropout else R)
 
     def left(self) -> Map | None:
-        return self.rotation().transposed() if self.site.is_embedding else None
+        return self.turned() if self.site.is_embedding else None
 
     def exact_now(self) -> bool:
         return self.dropout == 0.0 or not self.training

@@ -32,7 +32,11 @@ class Rotation(TransformMethod):
         return not self.site.is_embedding
 
     def right(self) -> Map | None:
-        return self.rotation().transposed() if self.turns_input() else None
+        return self.turned() if self.turns_input() else None
+
+    def turned(self) -> Map:
+        """Rᵀ, made once while nothing trains."""
+        return self.once("rotation", lambda: self.rotation().transposed())
 
 
 def skew(values: Tensor, b: int) -> Tensor:

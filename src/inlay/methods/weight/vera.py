@@ -3,9 +3,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.errors import OptionError
+from inlay.core.hosts import LinearHost
 from inlay.core.matrices import LowRank
 from inlay.core.method import DeltaMethod, option, register
 from inlay.core.sites import Site
@@ -63,6 +65,19 @@ class VeRA(DeltaMethod):
 
     def delta(self) -> LowRank:
         return LowRank(self.b[:, None] * self.B, self.d[:, None] * self.A)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self.few(x):
+            return self.site.add(self.delta(), self.drop(x), y)
+        h = F.linear(x, self.A.to(x.dtype)) * self.d.to(x.dtype)
+        return y + F.linear(h, self.B.to(x.dtype)) * self.b.to(x.dtype)
+
+    def few(self, x: Tensor) -> bool:
+        """Whether d and b scale fewer numbers in what becomes of x than in A and B, while nothing trains."""
+        if torch.is_grad_enabled() or self.training or not isinstance(self.site.host, LinearHost):
+            return False
+        d_out, d_in = self.shape
+        return x.numel() // d_in * (self.r + d_out) < self.r * (d_in + d_out)
 
 
 def projections(seed: int, r: int, wide: int, tall: int, meta: bool = False) -> tuple[Tensor, Tensor]:
