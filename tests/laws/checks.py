@@ -345,7 +345,7 @@ def check_routing(t: Trial) -> None:
         with inlay.route(t.model, names):
             refuses(t.now, RouteError)
         return
-    for names in (["default", None, "b", "default"], ["b", "default", "default", "b"]):  # one by one, and stacked
+    for names in (["default", None, "b", "default"], ["b", "default"] * 2, ["default"] * 4):
         with inlay.route(t.model, names):
             routed = t.now()
         same(t.base, t.now(), "after routing")

@@ -71,6 +71,8 @@ class Method(nn.Module, ABC):
     """Whether it sits at the task head and answers in its stead, so that no head is trained beside it."""
     shares: ClassVar[bool] = False
     """Whether its places train a tensor together."""
+    stacks: ClassVar[bool] = True
+    """Whether one batched computation can stand for several adapters of it (`torch.vmap` over their tensors)."""
     of_a_run: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of buffers that a training run needs to go on, and a saved adapter does not hold."""
     mergeable: ClassVar[bool] = False

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from inlay.core.calls import first, first_output, replace_first, replace_first_output, some_rows, with_rows
 from inlay.core.errors import RouteError
 from inlay.core.levels import Frame, Level, acts_on_output, climb, descend
-from inlay.core.method import WeightMethod
+from inlay.core.method import Method, WeightMethod
 
 if TYPE_CHECKING:
     from inlay.core.container import Inlay
@@ -256,13 +256,18 @@ def forms(levels: list[Level]) -> bool:
 
 def kind(name: str, levels: list[Level], rows: int) -> tuple[Any, ...]:
     """What adapters have to have in common to act together; the adapter's own name where it acts alone."""
-    if torch.compiler.is_compiling() or reads_tensors(levels) or any(level.method.shares for level in levels):
+    if torch.compiler.is_compiling() or reads_tensors(levels) or not all(stackable(level.method) for level in levels):
         return (name,)
     size = rows.bit_length() if forms(levels) else 0  # not too many rows are filled up
     return size, *(
         (level.site.key, frozenset(level.site.uses), *(looks(part) for part in level.method.modules()))
         for level in levels
     )
+
+
+def stackable(method: Method) -> bool:
+    """Whether its tensors are all its own, and its equation can be batched over them."""
+    return method.stacks and not any(part.shares for part in method.modules() if isinstance(part, Method))
 
 
 def looks(module: nn.Module) -> tuple[Any, ...]:

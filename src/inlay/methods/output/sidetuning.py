@@ -31,6 +31,7 @@ class SideTuning(SideMethod):
 
     paper: ClassVar[str] = "Zhang et al. 2019, arXiv 1912.13503"
     learning_rate: ClassVar[float] = 3e-3
+    stacks: ClassVar[bool] = False  # a network of its own, with a cache of its own
 
     r: int = option(default=64, doc="width of S", low=1)
     depth: int = option(default=2, doc="layers of S", low=1)
