@@ -59,7 +59,8 @@ def stir(piece: Any, std: float = 0.3, seed: int = 2) -> None:
     generator = torch.Generator().manual_seed(seed)
     for level in piece.levels:
         for p in level.method.parameters():
-            p.data += std * torch.randn(p.shape, generator=generator)
+            with torch.no_grad():
+                p += std * torch.randn(p.shape, generator=generator)
 
 
 class Then(nn.Module):

@@ -218,7 +218,7 @@ def test_recomputed_blocks_hear_again(reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     for a, b in zip(gradients(model, inputs), wanted, strict=True):
-        close(a, b)
+        close(a, b, 1e-5)  # the first of two forwards is without gradients, on a path of its own
     assert all(ear.value is None for ear in attached(model).ears.values()), "an activation was kept"
 
 

@@ -386,7 +386,8 @@ class Inlay(nn.Module):
         assert routes is not None
         if batch % len(routes) != 0:
             raise RouteError(f"{len(routes)} rows are routed, but '{path}' sees a batch of {batch}: it mixes rows")
-        return list(rows_by_name(tuple(routes), batch // len(routes), self.device))
+        rows = rows_by_name.__wrapped__ if torch.compiler.is_compiling() else rows_by_name
+        return list(rows(tuple(routes), batch // len(routes), self.device))
 
     # ------------------------------------------------------------------ forwards run again by the backward pass
     def remember(self, output: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 
@@ -37,3 +38,8 @@ def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
         other.__dict__ = {name: replaced(part, tensors) for name, part in vars(value).items()}
         return other
     return type(value)(replaced(item, tensors) for item in value) if type(value) in (tuple, list) else value
+
+
+def transformed() -> bool:
+    """Whether `torch.func` is at work, as where one computation serves several adapters."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

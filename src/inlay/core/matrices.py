@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.core.leaves import Leaves
+from inlay.core.leaves import Leaves, transformed
 
 
 class Matrix(Leaves, ABC):
@@ -143,7 +143,8 @@ class AddProduct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, B = ctx.saved_tensors
         _, for_h, for_B, _ = ctx.needs_input_grad
-        return g, (g @ B) * ctx.s if for_h else None, g.mT @ (h * ctx.s) if for_B else None, None
+        dh = ((g @ B.to(g.dtype)) * ctx.s).to(h.dtype) if for_h else None
+        return g, dh, (g.mT @ (h.to(g.dtype) * ctx.s)).to(B.dtype) if for_B else None, None
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], y: Tensor, h: Tensor, B: Tensor, s: float) -> tuple[Tensor, int]:
@@ -174,7 +175,7 @@ class LowRank(Matrix):
         if x.dim() < 2 or x.is_nested:
             return y + self.apply(x)
         h = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)
-        add = addmm if torch.compiler.is_compiling() else AddProduct.apply
+        add = AddProduct.apply if not torch.compiler.is_compiling() and transformed() else addmm
         return add(y.flatten(0, -2), h, self.B.to(x.dtype), self.scale).view(y.shape)
 
     def dense(self) -> Tensor:

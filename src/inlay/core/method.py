@@ -337,6 +337,10 @@ class DeltaMethod(WeightMethod):
             raise SiteError(f"{self.label()} at '{self.site.path}': dropout acts on vectors, an embedding reads ids")
         return nn.functional.dropout(x, self.dropout)
 
+    def thins(self) -> bool:
+        """Whether `thin` lets something rest now."""
+        return False
+
     def thin(self, delta: Matrix) -> Matrix:
         """ΔW without what rests in this forward (dropout of rows or of the whole); all of it outside of training."""
         return delta
@@ -351,8 +355,8 @@ class DeltaMethod(WeightMethod):
         return self.delta()
 
     def form(self) -> Form | None:
-        b, delta = self.site.bias, self.thin(self.delta())
-        return Added(delta) if delta.remembers_input and self.bias_of(b) is b else None
+        b, delta = self.site.bias, self.delta()
+        return Added(delta) if delta.remembers_input and not self.thins() and self.bias_of(b) is b else None
 
     def exact_now(self) -> bool:
         return self.dropout == 0.0 or not self.training

@@ -77,7 +77,9 @@ def lean_step(module: nn.Module, levels: Sequence[Level], x: Tensor) -> LeanStep
     no other hooks on the module (they would see its input without a graph), no autocast, no compiler, which fuses the
     plain path by itself.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return None
     host, weight, bias = levels[0].site.host, module._parameters.get("weight"), module._parameters.get("bias")
     if not isinstance(host, LinearHost) or isinstance(host, QuantisedHost) or not host.hooked or weight is None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from inlay.core.leaves import transformed
 from inlay.core.sharded import spreads
 
 if TYPE_CHECKING:
@@ -107,11 +108,6 @@ def elsewhere() -> bool:
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or torch._C._len_torch_dispatch_stack() > 0
     )
-
-
-def transformed() -> bool:
-    """Whether `torch.func` is at work, as where one computation serves several adapters."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def holders_of(method: Method) -> list[dict[str, Any]]:

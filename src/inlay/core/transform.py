@@ -76,7 +76,7 @@ class Blocks(Map):
         if B.shape[0] == 1:
             out = (parts @ B[0].mT).flatten(-2)
         else:
-            out = torch.bmm(parts.flatten(0, -3).transpose(0, 1), B.mT).transpose(0, 1).reshape(x.shape)
+            out = torch.bmm(parts.reshape(-1, *parts.shape[-2:]).transpose(0, 1), B.mT).transpose(0, 1).reshape(x.shape)
         return out if self.back is None else out[..., self.back]
 
     def transposed(self) -> Map:

@@ -78,7 +78,7 @@ class DoRA(WeightMethod):
 
     def form(self) -> Form | None:
         b = self.site.bias
-        return RowScaled(self.ratio(), self.of.thin(self.of.delta())) if self.bias_of(b) is b else None
+        return None if self.of.thins() or self.bias_of(b) is not b else RowScaled(self.ratio(), self.of.delta())
 
     def bias_of(self, b: Tensor | None) -> Tensor | None:
         return self.of.bias_of(b)

@@ -43,8 +43,11 @@ class Cored(Ranked):
     )
     tucker: bool = option(default=False, doc="a core of its own for a convolution's kernel, where that is not 1×1")
 
+    def thins(self) -> bool:
+        return self.training and bool(self.row_dropout or self.module_dropout)
+
     def thin(self, delta: Matrix) -> Matrix:
-        if not self.training:
+        if not self.thins():
             return delta
         if self.row_dropout:
             D = delta.dense()
