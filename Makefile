@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: demo test test-all results lit mamba proxy lint types docs docs-check setup setup-dev clean
+.PHONY: demo test test-all results lit mamba proxy bench lint types docs docs-check setup setup-dev clean
 
 demo: setup
 	$(BIN)/inlay compare recipes/demo.yaml
@@ -39,6 +39,13 @@ lit: setup
 # a small tuned and untuned pair steers a larger frozen decoder: about a quarter of an hour on one quiet core
 proxy: setup
 	$(BIN)/python benchmarks/proxy.py
+
+# what a step, a mixed batch, an epoch above frozen layers, a start and a merge cost beside peft: an hour of quiet cores
+bench: setup-dev
+	$(BIN)/python benchmarks/step.py --model minilm
+	$(BIN)/python benchmarks/mixed.py
+	$(BIN)/python benchmarks/prefix.py
+	$(BIN)/python benchmarks/start.py
 
 lint: setup-dev
 	$(BIN)/ruff check .
