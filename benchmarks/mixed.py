@@ -143,12 +143,12 @@ def measure(spec: str, rounds: int) -> list[Row]:
     ]
 
 
-def page(rows: list[Row]) -> str:
+def page(rows: list[Row], note: str) -> str:
     about = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
     lines = [
         "# A batch whose rows use different adapters\n\nMade by `python benchmarks/mixed.py`; what is measured is said "
         f"at the top of that file. Times over the base model alone ({rows[0].base_seconds:.2f} s), {MODEL}, {ROWS} × "
-        f"{LENGTH} tokens; {about}.\n\n"
+        f"{LENGTH} tokens; {about}. {note}\n\n"
         "| Method | | one adapter | "
         + " | ".join(f"{n} mixed" for n in SHARED)
         + " |\n|:--|:--|--:"
@@ -165,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("methods", nargs="*", default=METHODS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--note", default="", help="said on the page, about the machine")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -176,7 +177,7 @@ def main() -> None:
             print(row, flush=True)
         gc.collect()
         write(file, list(done.values()))
-    write_text(RESULTS / "README.md", page(list(done.values())))
+    write_text(RESULTS / "README.md", page(list(done.values()), args.note))
 
 
 if __name__ == "__main__":

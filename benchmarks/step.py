@@ -217,6 +217,7 @@ def main() -> None:
                 write(file, list(done.values()))
                 gc.collect()
     about = ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
+    about = f"{about}. {args.note}" if args.note else about
     write_text(RESULTS / "README.md", page(list(done.values()), about, args.threads))
 
 
@@ -231,6 +232,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="rows, instead of the model's own")
     parser.add_argument("--length", type=int, help="tokens or pixels, instead of the model's own")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--note", default="", help="said on the page, about the machine")
     parser.add_argument("--again", action="store_true", help="measure rows that are there again")
     return parser.parse_args()
 
