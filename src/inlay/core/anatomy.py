@@ -30,7 +30,7 @@ from inlay.core.anatomy_data import (
 from inlay.core.anatomy_names import Anatomy, Attention, Part
 from inlay.core.base import base_modules
 
-__all__ = ["Anatomy", "Attention", "Part", "anatomy"]
+__all__ = ["Anatomy", "Attention", "Part", "anatomy", "outwards"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -95,7 +95,7 @@ def _under(path: str, root: str) -> bool:
     return not root or path == root or path.startswith(root + ".")
 
 
-def _outwards(path: str) -> list[str]:
+def outwards(path: str) -> list[str]:
     """A module and the modules around it, the nearest first."""
     words = path.split(".") if path else []
     return [".".join(words[:n]) for n in range(len(words), -1, -1)]
@@ -246,7 +246,7 @@ class _Reader:
             yield from self.named(s, s.tower.block, block.name, path, i)
         for name in [n for n in once if n in last]:
             yield from self.numbered(s, once[name])
-        beside = (list(self.named(s, s.tower.beside, s.label, around)) for around in _outwards(s.backbone))
+        beside = (list(self.named(s, s.tower.beside, s.label, around)) for around in outwards(s.backbone))
         yield from next(filter(None, beside), [])
 
     def finer(self, s: _Stack) -> Iterator[Part]:
@@ -269,7 +269,7 @@ class _Reader:
         """The task head: beside the backbone, or further out."""
         if stacks[0].config is None:
             return
-        for around in _outwards(stacks[0].backbone):
+        for around in outwards(stacks[0].backbone):
             for name in HEADS:
                 if self.present(name, around):
                     yield Part("head", _join(around, name))

@@ -309,7 +309,7 @@ class Inlay(nn.Module):
         self.refresh()
         self.state.mounts = {path: m for path, m in self.state.mounts.items() if m.levels or m.ears}
         self.state.tokens = {path: m for path, m in self.state.tokens.items() if m.levels}
-        needed = {(entry, path) for path, mount in self.state.mounts.items() for entry in mount.entries}
+        needed = {(entry, path) for path, mount in self.state.mounts.items() for entry in mount.needs.entries}
         for span in [span for span in self.spans if span not in needed]:
             self.spans.pop(span).handle.remove()
         del self.adapters[adapter]

@@ -43,3 +43,12 @@ def replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
 def transformed() -> bool:
     """Whether `torch.func` is at work, as where one computation serves several adapters."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def gradients(made: Sequence[Tensor], leaves: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of leaves, where those of what was made from them are known; None for a leaf that wants none."""
+    wanted = [t for t in leaves if t.requires_grad]
+    if not wanted:
+        return [None] * len(leaves)
+    found = iter(torch.autograd.grad(made, wanted, known, create_graph=torch.is_grad_enabled()))
+    return [next(found) if t.requires_grad else None for t in leaves]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.core.leaves import Leaves, transformed
+from inlay.core.leaves import Leaves, gradients, transformed
 
 
 class Matrix(Leaves, ABC):
@@ -77,10 +77,7 @@ class Matrix(Leaves, ABC):
         with torch.enable_grad():
             leaves = [t.view_as(t) for t in self.leaves()]
             dense = self.made_of(leaves).dense()
-        wanted = [t for t in leaves if t.requires_grad]
-        found = iter(torch.autograd.grad(dense, wanted, (g.T @ x).to(dense.dtype), allow_unused=True,
-                                         create_graph=torch.is_grad_enabled()) if wanted else ())  # fmt: skip
-        return [next(found) if t.requires_grad else None for t in leaves]
+        return gradients([dense], leaves, [(g.T @ x).to(dense.dtype)])
 
     def pullback_flops(self, tokens: int) -> int:
         """Multiply-adds × 2 of `pullback`."""

@@ -57,9 +57,7 @@ class Mount:
         self.needs = Needs()
         self.answers: dict[tuple[Any, ...], bool] = {}  # of `inlay.core.paths`
         self.attached: frozenset[str] | None = None  # tensors that are read through here; None: no hooks either
-        self.entries: set[str] = set()  # modules where the spans that end here begin
         self.ears: list[Ear] = []  # of methods elsewhere that hear this module's output
-        self.heard: set[str] = set()  # modules whose outputs methods here hear
 
     # ------------------------------------------------------------------ attaching
     def add(self, adapter: str, level: Level) -> None:
@@ -81,7 +79,6 @@ class Mount:
         if not self.levels and not self.ears:
             self.remove()
             return False
-        self.entries, self.heard = {*self.needs.entries}, {*self.needs.heard}
         names = {name for name in self.needs.tensors if self.module._parameters.get(name) is not None}
         names |= {*self.needs.states}
         new, before = self.attached is None, self.attached or frozenset()
@@ -126,7 +123,7 @@ class Mount:
         if frame.lean is not None:
             frame.formed = frame.lean.formed()
             return replace_first(args, kwargs, x.detach())
-        frame.formed = self.form(levels, args, kwargs)
+        frame.formed = self.form(levels, x)
         if frame.formed or not any(level.method.acts_before for level in levels):
             return None
         frame.inputs, x = descend(levels, x)
@@ -146,9 +143,9 @@ class Mount:
             return changed
         finally:
             self.frames.pop()
-            for path in self.heard:
+            for path in self.needs.heard:
                 self.inlay.ears[path, self.path].value = None
-            for entry in self.entries:
+            for entry in self.needs.entries:
                 self.inlay.spans[entry, self.path].value = None  # let go of the activation
 
     def act(self, frame: Frame, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -167,14 +164,13 @@ class Mount:
         return x if level.site.entry is None else self.inlay.spans[level.site.entry, self.path].input()
 
     # ------------------------------------------------------------------ closed form
-    def form(self, levels: list[Level], args: tuple, kwargs: dict) -> dict[str, Tensor]:
+    def form(self, levels: list[Level], x: Tensor) -> dict[str, Tensor]:
         """W′ and b′ where all levels have a closed form that holds now and forming it is the cheaper path."""
         if not all(has_closed_form(level.method) for level in levels):
             return {}
         hooked = [level for level in levels if acts_on_output(level)]
         if not hooked or self.inlay.state.factored:
             return {}
-        x = first(args, kwargs)
         if x.is_nested or not self.prefers_effective(hooked, x):
             return {}
         names = {lv.site.param for lv in levels} | {lv.site.bias_name for lv in levels if lv.method.acts_on_bias}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inlay.core.hosts import ConvHost
 from inlay.core.lean import PASS, Form, Gradients, Pass
-from inlay.core.leaves import Leaves
+from inlay.core.leaves import Leaves, gradients
 from inlay.core.matrices import Dense
 from inlay.core.method import WeightMethod
 
@@ -214,17 +214,14 @@ class Mapped(Form):
         return b if b is None or self.L is None or not self.turns_bias else self.L.of(b)
 
     def backward(self, at: Pass) -> Gradients:
-        again = torch.is_grad_enabled()
         with torch.enable_grad():
             own = self.made_of([t.view_as(t) for t in self.leaves()])
             W, b = own.formed(at.W), own.bias(at.b)
-        made, gradients = [W], [at.g.mT @ at.x]
+        made, known = [W], [at.g.mT @ at.x]
         if b is not None and b is not at.b:
-            made, gradients = [W, b], [*gradients, at.g.sum(0)]
-        wanted = [t for t in own.leaves() if t.requires_grad]
-        found = iter(torch.autograd.grad(made, wanted, gradients, create_graph=again))
-        leaves = [next(found) if t.requires_grad else None for t in own.leaves()]
-        return at.g @ (W if again else W.detach()) if at.for_x else None, leaves
+            made, known = [W, b], [*known, at.g.sum(0)]
+        found = gradients(made, own.leaves(), known)
+        return at.g @ (W if torch.is_grad_enabled() else W.detach()) if at.for_x else None, found
 
     def moved(self) -> int:
         """Numbers read and written for every row, where the maps act on inputs and outputs."""

@@ -43,8 +43,8 @@ class Source(ABC):
 
 
 @dataclass(frozen=True)
-class Whole(Source):
-    """The whole model."""
+class Unkept(Source):
+    """Rows as they are, each time anew."""
 
     work: Work
 
@@ -53,6 +53,10 @@ class Whole(Source):
 
     def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
         return self.work.batch(split, indices)
+
+
+class Whole(Unkept):
+    """The whole model."""
 
     def forward(self, batch: dict[str, Tensor]) -> Output:
         with self.work.computing():
@@ -60,17 +64,8 @@ class Whole(Source):
         return Output(out.loss, out.logits)
 
 
-@dataclass(frozen=True)
-class ByWords(Source):
+class ByWords(Unkept):
     """A dual encoder as a classifier: an image's logits are its likeness to the text of every class."""
-
-    work: Work
-
-    def prepare(self, split: str) -> None:
-        return
-
-    def batch(self, split: str, indices: list[int]) -> dict[str, Tensor]:
-        return self.work.batch(split, indices)
 
     def forward(self, batch: dict[str, Tensor]) -> Output:
         with self.work.computing():

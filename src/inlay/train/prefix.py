@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.active import attached
-from inlay.core.anatomy import anatomy
+from inlay.core.anatomy import anatomy, outwards
 from inlay.core.calls import first_output, tensors_in
 from inlay.core.modes import evaluating
 from inlay.core.trunks import labels, stack_of
@@ -153,11 +153,3 @@ def times(work: Work) -> tuple[dict[str, int], dict[str, int]]:
             handle.remove()
     first, last = ({path: when[m] for path, m in modules.items() if m in when} for when in (begun, ended))
     return first, last
-
-
-def outwards(path: str) -> Iterator[str]:
-    """A module's path and those of the modules around it, the model's own last."""
-    yield path
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
